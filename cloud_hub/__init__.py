@@ -1,0 +1,1 @@
+"""The hub: registry, certificates, rounds, secure sum, releases, rollouts, `fleet` CLI and dashboard."""

@@ -1,0 +1,198 @@
+"""What box and hub say to each other: typed, versioned by topic root, limited in size.
+
+Reads and writes bytes (MessagePack); parsing is strict and happens once, in `decode`.
+Never carries pixels, patient data or UIDs of images: facts about devices, rounds and releases only.
+Source: ARCHITECTURE.md, "The link".
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fleet_link.errors import LinkError
+
+MAX_MESSAGE_BYTES = 96 * 1024  # managed brokers cap a packet at 128 KB; room for the envelope
+
+Name = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]*$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+TransferId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
+Text = Annotated[str, Meta(max_length=500)]
+Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
+    """Base: `message_id` lets the receiver's Receipt name it; it is unique per sender."""
+
+    message_id: TransferId
+
+
+# --- presence -------------------------------------------------------------------------------------
+
+
+class RoundStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the box stands in a round; states are those of edge_agent.rounds."""
+
+    round_id: Name
+    state: Name
+    reason: Text = ""
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Facts only. Not durable: the next one replaces it."""
+
+    software_version: Text
+    bundle_digest: Digest
+    release_version: Count  # 0: the bundle that came with the software
+    provider: Text  # the ONNX Runtime execution provider in use
+    uptime_s: Count
+    series_read: Count
+    series_abstained: Count
+    series_failed: Count
+    quarantined: Count
+    reviews: Count
+    reviews_agreed: Count
+    outbox_pending: Count
+    disk_free_bytes: Annotated[int, Meta(ge=0)]
+    rounds: Annotated[tuple[RoundStatus, ...], Meta(max_length=16)] = ()
+    alarms: Annotated[tuple[Text, ...], Meta(max_length=16)] = ()
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+
+class RoundPlan(Message, frozen=True, kw_only=True):
+    """Hub's invitation. The box checks it against its own site policy and may decline."""
+
+    round_id: Name
+    kind: Literal["unsafe_open", "masked"]
+    base_digest: Digest
+    rule: Literal["fedavg"]
+    trainable: Literal["all", "heads"]
+    clip_norm: Annotated[float, Meta(gt=0.0)]
+    epochs: Annotated[int, Meta(ge=1, le=1000)]
+    learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
+    min_examples: Count
+    seed: Count
+    sealing_key: Annotated[bytes, Meta(min_length=32, max_length=4096)]
+    deadline_unix_s: float
+
+
+class RoundAnswer(Message, frozen=True, kw_only=True):
+    round_id: Name
+    joins: bool
+    examples: Count
+    reason: Text = ""
+
+
+class RoundClosed(Message, frozen=True, kw_only=True):
+    """The round needs nothing more from this box; its spooled update may go."""
+
+    round_id: Name
+    outcome: Literal["released", "dropped"]
+    reason: Text = ""
+
+
+# --- releases -------------------------------------------------------------------------------------
+
+
+class ReleaseOffer(Message, frozen=True, kw_only=True):
+    """TUF metadata of a release this device may now take; the bundle follows on BundleRequest."""
+
+    release_version: Count
+    bundle_digest: Digest
+    bundle_size: Count
+    roots: Annotated[tuple[bytes, ...], Meta(max_length=8)]
+    timestamp: bytes
+    snapshot: bytes
+    targets: bytes
+
+
+class BundleRequest(Message, frozen=True, kw_only=True):
+    bundle_digest: Digest
+
+
+class ReleaseReport(Message, frozen=True, kw_only=True):
+    """What became of a release on this box. Held-out reviews: cases never trained on."""
+
+    release_version: Count
+    bundle_digest: Digest
+    outcome: Literal["activated", "refused", "rolled-back"]
+    reason: Text = ""
+    heldout: Count = 0
+    heldout_correct_before: Count = 0
+    heldout_correct_after: Count = 0
+
+
+# --- transfers ------------------------------------------------------------------------------------
+
+
+class TransferOffer(Message, frozen=True, kw_only=True):
+    """Something large is ready; chunks flow once the receiver has answered with TransferProgress."""
+
+    transfer_id: TransferId
+    kind: Literal["update", "bundle"]
+    subject: Annotated[str, Meta(max_length=64)]  # round id of an update, digest of a bundle
+    sha256: Digest
+    size: Annotated[int, Meta(ge=1, le=4 * 1024**3)]
+    chunk_bytes: Annotated[int, Meta(ge=1024, le=120 * 1024)]
+
+
+class TransferProgress(Message, frozen=True, kw_only=True):
+    """Receiver → sender: bit i (least significant first) set where chunk i is on the receiver's disk."""
+
+    transfer_id: TransferId
+    received_bitmap: Annotated[bytes, Meta(max_length=64 * 1024)]
+
+
+class TransferReceipt(Message, frozen=True, kw_only=True):
+    """The receiver's own word that the whole is on its disk with the right digest, or is refused."""
+
+    transfer_id: TransferId
+    accepted: bool
+    reason: Text = ""
+
+
+class Receipt(Message, frozen=True, kw_only=True):
+    """Answer to a durable message (RoundAnswer, ReleaseReport): it is on the receiver's disk."""
+
+    of: TransferId
+    accepted: bool = True
+    reason: Text = ""
+
+
+AnyMessage = (
+    Heartbeat
+    | RoundPlan
+    | RoundAnswer
+    | RoundClosed
+    | ReleaseOffer
+    | BundleRequest
+    | ReleaseReport
+    | TransferOffer
+    | TransferProgress
+    | TransferReceipt
+    | Receipt
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Raises LinkError if the message would not fit the wire."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise LinkError(f"{type(message).__name__} of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    return body
+
+
+def decode(body: bytes) -> AnyMessage:
+    """Raises LinkError on anything that is not exactly one known message."""
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise LinkError(f"message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise LinkError(f"not a message of this fleet: {error}") from error
