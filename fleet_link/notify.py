@@ -8,6 +8,9 @@ Source: sd_notify(3), sd_watchdog_enabled(3), systemd.journal.
 import logging
 import os
 import sys
+import traceback
+import warnings
+from typing import Any
 
 try:
     from systemd import daemon as _systemd
@@ -47,13 +50,22 @@ def set_up_logging(level: str) -> None:
     """One line per state change: to the journal when systemd reads our stderr, else to stderr with a time."""
     if _journal is not None and "JOURNAL_STREAM" in os.environ:
         handler: logging.Handler = _journal.JournalHandler(SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]))
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(_WithoutValues("%(name)s: %(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setFormatter(_WithoutValues(_FORMAT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    warnings.simplefilter("ignore")  # pydicom's warnings quote the values of elements
     for chatty in ("pynetdicom", "httpx", "httpcore", "uvicorn.access", "tuf", "pydicom"):
         logging.getLogger(chatty).setLevel(logging.ERROR)  # their lines may hold patient data or tokens
+
+
+class _WithoutValues(logging.Formatter):
+    """Shows where an unexpected exception arose, and its type; its text may quote a patient's data."""
+
+    def formatException(self, ei: Any) -> str:
+        kind, _, trace = ei
+        return "".join(traceback.format_tb(trace)) + f"{kind.__name__} (text withheld: it may hold patient data)"
 
 
 def _notify(message: str) -> None:
