@@ -52,6 +52,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal[1]
     name: str
     version: str
+    network: str  # names the sizes in models.network
     inputs: tuple[InputSpec, ...]
     tasks: tuple[TaskSpec, ...]
     ood_threshold: float

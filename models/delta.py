@@ -1,0 +1,143 @@
+"""The delta codec: what fine-tuning changed, clipped, quantised to 8 bits, and back.
+
+Reads and writes arrays and bytes in memory.
+Never does I/O or draws unseeded noise; a payload that is not exactly what is expected is refused with DeltaError.
+Source: stochastic rounding as in QSGD (Alistarh 2017). Layout: magic · u32 header length · header (MessagePack) · int8 values.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from models.errors import DeltaError
+
+Arrays = dict[str, NDArray[np.float32]]
+Trainable = Literal["all", "heads"]
+
+MAGIC = b"WRD1"
+MAX_HEADER_BYTES = 1 << 20
+_LEVELS = 127
+_HEADER_LENGTH = struct.Struct("<I")
+_REFUSED = "the sender's software or its base bundle differs from this one's; compare the versions"
+
+FIXED_PREFIX = "ood_"  # statistics of the training features: never trained, never sent
+HEAD_PREFIX = "head."
+
+
+class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    name: str
+    shape: tuple[Annotated[int, Meta(ge=0)], ...]
+    scale: Annotated[float, Meta(ge=0.0)]  # value of one level
+
+
+def trainable_names(names: Iterable[str], trainable: Trainable) -> tuple[str, ...]:
+    """The weights a round may change, sorted."""
+    learned = sorted(name for name in names if not name.startswith(FIXED_PREFIX))
+    return tuple(name for name in learned if trainable == "all" or name.startswith(HEAD_PREFIX))
+
+
+def subtract(
+    after: Mapping[str, NDArray[np.float32]], before: Mapping[str, NDArray[np.float32]], names: Iterable[str]
+) -> Arrays:
+    """after - before for `names`; raises DeltaError where they do not fit or are not finite."""
+    delta: Arrays = {}
+    for name in names:
+        if name not in after or name not in before or after[name].shape != before[name].shape:
+            raise DeltaError(f"{name} is not the same tensor before and after", advice=_REFUSED)
+        difference = after[name].astype(np.float32) - before[name].astype(np.float32)
+        if not np.isfinite(difference).all():
+            raise DeltaError(f"{name} is not finite after training", advice="lower the learning rate")
+        delta[name] = difference
+    return delta
+
+
+def norm(delta: Mapping[str, NDArray[np.float32]]) -> float:
+    """L2 norm over all tensors together."""
+    return float(np.sqrt(sum(float(np.sum(np.square(value, dtype=np.float64))) for value in delta.values())))
+
+
+def clip(delta: Mapping[str, NDArray[np.float32]], clip_norm: float) -> tuple[Arrays, float]:
+    """Scale the whole delta so that its norm is at most clip_norm; also gives the norm before."""
+    norm_before = norm(delta)
+    factor = np.float32(1.0 if norm_before <= clip_norm else clip_norm / norm_before)
+    return {name: value * factor for name, value in delta.items()}, norm_before
+
+
+def encode(delta: Mapping[str, NDArray[np.float32]], seed: int) -> bytes:
+    """int8 with one scale per tensor, rounded stochastically: the expectation of what is decoded is the delta."""
+    generator = np.random.default_rng(seed)
+    tensors, bodies = [], []
+    for name in sorted(delta):
+        value = np.asarray(delta[name], np.float32)
+        largest = float(np.max(np.abs(value), initial=0.0))
+        if not np.isfinite(largest):
+            raise DeltaError(f"{name} is not finite", advice="lower the learning rate")
+        scale = largest / _LEVELS
+        tensors.append(_Tensor(name, value.shape, scale))
+        bodies.append(_quantise(value, scale, generator).tobytes())
+    header = msgspec.msgpack.encode(tensors)
+    return b"".join([MAGIC, _HEADER_LENGTH.pack(len(header)), header, *bodies])
+
+
+def decode(payload: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """Exactly the tensors of `shapes`, float32. Raises DeltaError on anything else."""
+    tensors, body = _parse(payload)
+    names = [tensor.name for tensor in tensors]
+    if sorted(names) != sorted(shapes):
+        odd = sorted(set(names) ^ set(shapes)) or ["a name given twice"]
+        raise DeltaError(f"the delta does not hold the expected tensors: {odd[0]}", advice=_REFUSED)
+    delta: Arrays = {}
+    offset = 0
+    for tensor in tensors:
+        if tensor.shape != tuple(shapes[tensor.name]):
+            raise DeltaError(f"{tensor.name} has shape {tensor.shape}, not {shapes[tensor.name]}", advice=_REFUSED)
+        if not np.isfinite(tensor.scale * _LEVELS) or tensor.scale > float(np.finfo(np.float32).max) / 256:
+            raise DeltaError(
+                f"{tensor.name} is not finite", advice="the sender's training diverged; its update is left out"
+            )
+        count = int(np.prod(tensor.shape, dtype=np.int64))
+        if offset + count > len(body):
+            raise DeltaError(f"{tensor.name} is cut short", advice=_REFUSED)
+        levels = np.frombuffer(body, np.int8, count, offset)
+        delta[tensor.name] = (levels.astype(np.float32) * np.float32(tensor.scale)).reshape(tensor.shape)
+        offset += count
+    if offset != len(body):
+        raise DeltaError(f"{len(body) - offset} bytes follow the last tensor", advice=_REFUSED)
+    return delta
+
+
+def apply(weights: Mapping[str, NDArray[np.float32]], delta: Mapping[str, NDArray[np.floating]]) -> Arrays:
+    """weights + delta as new arrays; tensors without a delta are kept."""
+    for name, change in delta.items():
+        if name not in weights or weights[name].shape != change.shape:
+            raise DeltaError(f"{name} is not a tensor of these weights", advice=_REFUSED)
+    return {
+        name: (value + delta[name]).astype(np.float32) if name in delta else value.copy()
+        for name, value in weights.items()
+    }
+
+
+def _quantise(value: NDArray[np.float32], scale: float, generator: np.random.Generator) -> NDArray[np.int8]:
+    if scale == 0.0:
+        return np.zeros(value.shape, np.int8)
+    levels = np.floor(value / np.float32(scale) + generator.random(value.shape, np.float32))
+    return np.asarray(np.clip(levels, -_LEVELS, _LEVELS), np.int8)
+
+
+def _parse(payload: bytes) -> tuple[list[_Tensor], bytes]:
+    start = len(MAGIC) + _HEADER_LENGTH.size
+    if len(payload) < start or payload[: len(MAGIC)] != MAGIC:
+        raise DeltaError("not a delta of a version this software knows", advice=_REFUSED)
+    (length,) = _HEADER_LENGTH.unpack_from(payload, len(MAGIC))
+    if length > MAX_HEADER_BYTES or start + length > len(payload):
+        raise DeltaError("the delta's header is cut short or too long", advice=_REFUSED)
+    try:
+        tensors = msgspec.msgpack.decode(payload[start : start + length], type=list[_Tensor])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DeltaError(f"the delta's header is not valid: {error}", advice=_REFUSED) from error
+    return tensors, payload[start + length :]

@@ -1,0 +1,178 @@
+"""The hybrid: convolution for texture, transformer for context, attention over slices and places, one linear head.
+
+Reads and writes tensors; torch, so only child processes import it.
+Never uses batch statistics (GroupNorm, LayerNorm only): weights of many hospitals are averaged.
+Axes: B series, S slices, H W input pixels, h w places, N = B·S slices, L = h·w places, D features, A attention heads, K labels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.errors import BundleError
+from models.spec import MODALITIES, TaskSpec
+
+TINY = "hybrid-tiny"
+FAR = 1e4  # what a padded slice or another modality's label is pushed away by
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """The sizes of one network."""
+
+    label_modality: tuple[int, ...]  # for each logit, the modality whose task it belongs to
+    input_px: int = 96
+    widths: tuple[int, int, int] = (32, 64, 128)  # convolution stages at 1/4 and 1/8, transformer features at 1/16
+    conv_blocks: int = 1
+    depth: int = 3
+    attention_heads: int = 4
+    mlp_ratio: int = 3
+
+
+def config_of(network: str, tasks: tuple[TaskSpec, ...]) -> HybridConfig:
+    """The sizes that a manifest's `network` names. Raises BundleError for a name this software does not know."""
+    if network != TINY:
+        raise BundleError(f"network {network} is not known here", advice="update the software before this bundle")
+    return HybridConfig(tuple(MODALITIES.index(task.modality) for task in tasks for _ in task.labels))
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the network made of each series, before the head."""
+
+    weighted_BSDhw: Tensor  # features of each place times the attention it gets
+    weights_BSAhw: Tensor  # that attention; sums to 1 for each attention head
+    pooled_BD: Tensor  # their sum: what the head decides from
+    even_BD: Tensor  # mean over all places alike: what the image looks like, lesion or not
+
+
+class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
+    """slices_BSHW, slice_mask_BS, modality_B -> logits_BK, map_BSKhw, slice_weights_BS, ood_B.
+
+    map_BSKhw summed over slices and places, plus the head's bias, is the logit: the explanation is the decision itself.
+    ood_B is the distance of the evenly pooled feature to the nearest class mean of its modality, below 1 in distribution
+    (the attended feature is blind to all that the attention leaves out: on noise it hardly moved).
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        first, second, features = config.widths
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, first // 2, 3, 2, 1), _norm(first // 2), nn.GELU(), nn.Conv2d(first // 2, first, 3, 2, 1)
+        )
+        self.fine = nn.Sequential(*(_ConvBlock(first) for _ in range(config.conv_blocks)))
+        self.shrink = nn.Sequential(_norm(first), nn.GELU(), nn.Conv2d(first, second, 3, 2, 1))
+        self.middle = nn.Sequential(*(_ConvBlock(second) for _ in range(config.conv_blocks)))
+        self.tokens = nn.Sequential(_norm(second), nn.GELU(), nn.Conv2d(second, features, 3, 2, 1))
+        side = config.input_px // 16
+        self.modality = nn.Embedding(len(MODALITIES), features)
+        self.position = nn.Parameter(torch.randn(1, features, side, side) * 0.02)
+        self.context = nn.Sequential(
+            *(_TransformerBlock(features, config.attention_heads, config.mlp_ratio) for _ in range(config.depth))
+        )
+        self.detail = nn.Conv2d(second, features, 1)
+        self.join_norm = nn.LayerNorm(features)
+        self.join = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, features))
+        self.gate = nn.Conv2d(features, config.attention_heads, 1)
+        self.head = nn.Linear(features, len(config.label_modality))
+        self.attention_heads = config.attention_heads
+        labels = len(config.label_modality)
+        self.register_buffer("ood_mean_KD", torch.zeros(labels, features))
+        self.register_buffer("ood_whiten_DD", torch.eye(features))
+        self.register_buffer("label_modality_K", torch.tensor(config.label_modality), persistent=False)
+
+    def forward(self, slices_BSHW: Tensor, slice_mask_BS: Tensor, modality_B: Tensor) -> tuple[Tensor, ...]:
+        seen = self.attended(slices_BSHW, slice_mask_BS, modality_B)
+        map_BSKhw = torch.einsum("bsdhw,kd->bskhw", seen.weighted_BSDhw, self.head.weight)
+        slice_weights_BS = seen.weights_BSAhw.mean(2).sum((2, 3))
+        return self.head(seen.pooled_BD), map_BSKhw, slice_weights_BS, self.distance(seen.even_BD, modality_B)
+
+    def attended(self, slices_BSHW: Tensor, slice_mask_BS: Tensor, modality_B: Tensor) -> Attended:
+        batch, slices, height, width = slices_BSHW.shape
+        modality_BD = self.modality(modality_B)
+        modality_ND = modality_BD.unsqueeze(1).expand(-1, slices, -1).reshape(batch * slices, -1)
+        places_NDhw = self.places(slices_BSHW.reshape(batch * slices, 1, height, width), modality_ND)
+        h, w = places_NDhw.shape[2:]
+        real_BS = slice_mask_BS.to(places_NDhw.dtype)
+        gate_BSAhw = self.gate(places_NDhw).reshape(batch, slices, self.attention_heads, h, w)
+        gate_BAP = (gate_BSAhw + (1 - real_BS)[:, :, None, None, None] * -FAR).transpose(1, 2).flatten(2)
+        weights_BSAhw = torch.softmax(gate_BAP, dim=2).reshape(batch, -1, slices, h, w).transpose(1, 2)
+        places_BSAdhw = places_NDhw.reshape(batch, slices, self.attention_heads, -1, h, w)
+        weighted_BSDhw = (places_BSAdhw * weights_BSAhw.unsqueeze(3)).flatten(2, 3)
+        even_BSD = places_NDhw.mean((2, 3)).reshape(batch, slices, -1) * real_BS.unsqueeze(2)
+        return Attended(
+            weighted_BSDhw,
+            weights_BSAhw,
+            weighted_BSDhw.sum((1, 3, 4)),
+            even_BSD.sum(1) / real_BS.sum(1, keepdim=True),
+        )
+
+    def places(self, slices_N1HW: Tensor, modality_ND: Tensor) -> Tensor:
+        """One feature vector per place at 1/8 of the input: the middle stage's detail plus the transformer's context."""
+        middle_NCHW = self.middle(self.shrink(self.fine(self.stem(slices_N1HW))))
+        tokens_NDhw = self.tokens(middle_NCHW) + self.position + modality_ND[:, :, None, None]
+        features, h, w = tokens_NDhw.shape[1:]
+        context_NLD = self.context(tokens_NDhw.flatten(2).transpose(1, 2))
+        context_NDhw = context_NLD.transpose(1, 2).reshape(-1, features, h, w)
+        joined_NDHW = self.detail(middle_NCHW) + functional.interpolate(context_NDhw, scale_factor=2.0, mode="nearest")
+        joined_NHWD = self.join_norm(joined_NDHW.permute(0, 2, 3, 1))
+        return (joined_NHWD + self.join(joined_NHWD)).permute(0, 3, 1, 2)
+
+    def distance(self, even_BD: Tensor, modality_B: Tensor) -> Tensor:
+        """Mahalanobis distance to the nearest mean of the modality's labels, over the root of the dimension."""
+        offset_BKD = (even_BD.unsqueeze(1) - self.ood_mean_KD.unsqueeze(0)) @ self.ood_whiten_DD
+        distance_BK = offset_BKD.square().mean(2).sqrt()
+        other_BK = (modality_B.unsqueeze(1) != self.label_modality_K.unsqueeze(0)).to(distance_BK.dtype)
+        return (distance_BK + other_BK * FAR).amin(1)
+
+
+class _ConvBlock(nn.Module):  # type: ignore[misc]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _norm(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, 1, 1),
+            _norm(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, 1, 1),
+        )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return x_NCHW + self.body(x_NCHW)
+
+
+class _TransformerBlock(nn.Module):  # type: ignore[misc]
+    """Pre-norm; attention written out, so that every opset and provider has its operators."""
+
+    def __init__(self, features: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(features)
+        self.query_key_value = nn.Linear(features, 3 * features)
+        self.project = nn.Linear(features, features)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(features),
+            nn.Linear(features, mlp_ratio * features),
+            nn.GELU(),
+            nn.Linear(mlp_ratio * features, features),
+        )
+
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        x_NLD = x_NLD + self._attention(self.attention_norm(x_NLD))
+        return x_NLD + self.mlp(x_NLD)
+
+    def _attention(self, x_NLD: Tensor) -> Tensor:
+        length, features = x_NLD.shape[1:]
+        width = features // self.heads
+        qkv_3NALd = self.query_key_value(x_NLD).reshape(-1, length, 3, self.heads, width).permute(2, 0, 3, 1, 4)
+        query_NALd, key_NALd, value_NALd = qkv_3NALd[0], qkv_3NALd[1], qkv_3NALd[2]
+        weights_NALL = torch.softmax(query_NALd @ key_NALd.transpose(2, 3) * width**-0.5, dim=3)
+        mixed_NLD = (weights_NALL @ value_NALd).transpose(1, 2).reshape(-1, length, features)
+        return self.project(mixed_NLD)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(max(1, width // 8), width)

@@ -1,0 +1,275 @@
+"""The laboratory: train the shipped bundle on phantoms, calibrate it, measure it, write it with its card.
+
+Reads nothing but seeds; writes one bundle file.
+Never runs on a box. Every figure in the model card is measured here, on phantoms of seeds never trained on.
+Source: calibration as in models.calibration; out-of-distribution score as Lee 2018 (class means, shared covariance).
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from msgspec import structs
+
+from models import calibration
+from models.bundle import INPUT_NAMES, Array, BundleParts, write_bundle
+from models.examples import LESION_SIDE, Example, batches
+from models.export import OPSET, other_batch, parity, run_torch, to_onnx
+from models.network import TINY, Hybrid
+from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
+from models.preprocess import Volume, prepare
+from models.spec import MODALITIES, InputSpec, Manifest, TaskSpec
+from models.tasks import INPUTS, TASKS
+from models.training import (
+    Predicted,
+    Progress,
+    TrainingPlan,
+    even_features,
+    load_weights,
+    new_network,
+    predict,
+    train,
+    weights_of,
+)
+
+NAME, VERSION = "phantom-tiny", "1"
+PHANTOMS_PER_LABEL = {"XR": 900, "CT": 700, "MR": 400}  # an X-ray is one slice: cheap
+HELD_BACK_PER_LABEL = 100  # for calibration, and again for each measured look
+CALIBRATION_SEED, TEST_SEED = 10_000_000, 20_000_000  # training counts up from the plan's seed
+OOD_SHRINKAGE = 0.1
+OOD_QUANTILE, OOD_TOLERANCE = 0.99, 2.0  # other scanners are not another organ
+PLAN = TrainingPlan(
+    epochs=8,
+    learning_rate=1.5e-3,
+    batch=16,
+    seed=0,
+    weight_decay=0.05,
+    attention_weight=0.3,
+    label_smoothing=0.02,
+    most_slices=3,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one task's phantoms of one look were read."""
+
+    accuracy: float
+    balanced_accuracy: float
+    calibration_error: float
+    answered: float  # share with exactly one label in the conformal set and in distribution
+    accuracy_answered: float
+
+
+def pretrain(out: Path, seed: int, scale: float, progress: Progress) -> None:
+    """Train, calibrate, measure, write."""
+    started = time.monotonic()
+    examples = [
+        example
+        for modality, count in PHANTOMS_PER_LABEL.items()
+        for example in phantom_examples(modality, max(4, int(count * scale)), seed, BASE)
+    ]
+    network = new_network(TINY, TASKS, seed)
+    train(network, examples, replace(PLAN, seed=seed), progress)
+    fit_ood(network, examples[:: max(1, len(examples) // 1500)])
+    manifest = calibrated(network, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
+    known = known_inputs()
+    onnx = to_onnx(network)
+    difference = parity(network, onnx, [known, other_batch(known)])
+    weights = weights_of(network)
+    card = model_card(network, manifest, f"{len(examples)} phantoms, {PLAN.epochs} epochs, seed {seed}", difference)
+    digest = write_bundle(out, BundleParts(manifest, onnx, weights, known, run_torch(network, known), card))
+    print(json.dumps({"digest": digest, "bytes": out.stat().st_size, "seconds": time.monotonic() - started}))
+
+
+def phantom_examples(modality: str, per_label: int, first_seed: int, look: SiteLook) -> Iterator[Example]:
+    task = next(task for task in TASKS if task.modality == modality)
+    for k, label in enumerate(LABELS[modality]):
+        for seed in range(first_seed, first_seed + per_label):
+            yield example_of(phantom(modality, label, seed, look), task, k)
+
+
+def every_task(per_label: int, first_seed: int, look: SiteLook) -> list[Example]:
+    return [example for modality in LABELS for example in phantom_examples(modality, per_label, first_seed, look)]
+
+
+def example_of(drawn: Phantom, task: TaskSpec, label: int) -> Example:
+    prepared = prepare(drawn.volume, input_of(task.modality))
+    lesion_Shw = np.stack(
+        [
+            cv2.resize(drawn.lesion_ZYX[z].astype(np.float32), (LESION_SIDE, LESION_SIDE), interpolation=cv2.INTER_AREA)
+            for z in prepared.source_index_S
+        ]
+    )
+    return Example(prepared.slices_SHW.astype(np.float16), task, label, lesion_Shw > 0.3)
+
+
+def input_of(modality: str) -> InputSpec:
+    return next(spec for spec in INPUTS if spec.modality == modality)
+
+
+def fit_ood(network: Hybrid, examples: Sequence[Example]) -> None:
+    """Class means and the inverse root of their shared covariance, into the network's buffers."""
+    even_ND, label_N = even_features(network, examples)
+    mean_KD = np.stack([even_ND[label_N == k].mean(0, np.float64) for k in np.unique(label_N)])
+    residual_ND = even_ND - mean_KD[label_N]
+    scale_D = residual_ND.std(0) + 1e-6
+    correlation_DD = (residual_ND / scale_D).T @ (residual_ND / scale_D) / len(residual_ND)
+    shrunk_DD = (1 - OOD_SHRINKAGE) * correlation_DD + OOD_SHRINKAGE * np.eye(len(scale_D))
+    values_D, vectors_DD = np.linalg.eigh(shrunk_DD)
+    whiten_DD = (vectors_DD / np.sqrt(values_D)) @ vectors_DD.T / scale_D[:, None]
+    statistics = {"ood_mean_KD": mean_KD.astype(np.float32), "ood_whiten_DD": whiten_DD.astype(np.float32)}
+    load_weights(network, weights_of(network) | statistics)
+
+
+def calibrated(network: Hybrid, held_back: Sequence[Example]) -> Manifest:
+    """The manifest with each task's temperature and threshold and the ood threshold, fitted on phantoms held back."""
+    seen = predict(network, held_back)
+    ood_N = np.concatenate([predicted.ood_N for predicted in seen.values()])
+    return Manifest(
+        format=1,
+        name=NAME,
+        version=VERSION,
+        network=TINY,
+        inputs=INPUTS,
+        tasks=tuple(calibrated_task(task, seen[task.name]) for task in TASKS),
+        ood_threshold=round(float(np.quantile(ood_N, OOD_QUANTILE)) * OOD_TOLERANCE, 4),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        opset=OPSET,
+        members={},
+    )
+
+
+def calibrated_task(task: TaskSpec, seen: Predicted) -> TaskSpec:
+    temperature = round(calibration.fit_temperature(seen.logits_NK, seen.truth_N), 4)
+    probabilities_NK = calibration.softmax(seen.logits_NK, temperature)
+    threshold = calibration.conformal_threshold(probabilities_NK, seen.truth_N)
+    return structs.replace(task, temperature=temperature, conformal_threshold=threshold)
+
+
+def reading(network: Hybrid, manifest: Manifest, task: TaskSpec, examples: Sequence[Example]) -> Reading:
+    """Measure one task on its examples with the manifest's calibration."""
+    seen = predict(network, [example for example in examples if example.task.name == task.name])[task.name]
+    probabilities_NK, truth_N = calibration.softmax(seen.logits_NK, task.temperature), seen.truth_N
+    single_N = (probabilities_NK >= task.conformal_threshold).sum(1) == 1
+    answered_N = single_N & (seen.ood_N <= manifest.ood_threshold)
+    right_N = probabilities_NK.argmax(1) == truth_N
+    return Reading(
+        calibration.accuracy(probabilities_NK, truth_N),
+        calibration.balanced_accuracy(probabilities_NK, truth_N),
+        calibration.expected_calibration_error(probabilities_NK, truth_N),
+        float(answered_N.mean()),
+        float(right_N[answered_N].mean()) if answered_N.any() else 0.0,
+    )
+
+
+def known_inputs() -> dict[str, Array]:
+    """A batch of one phantom of each modality, four slices long; the X-ray is padded."""
+    slices_BSHW = np.zeros((len(MODALITIES), 4, INPUTS[0].size, INPUTS[0].size), np.float32)
+    mask_BS = np.zeros((len(MODALITIES), 4), bool)
+    for b, modality in enumerate(MODALITIES):
+        drawn = phantom(modality, LABELS[modality][1], TEST_SEED + 999_999)
+        slices_SHW = prepare(drawn.volume, input_of(modality)).slices_SHW[2:6] if modality != "XR" else None
+        slices_SHW = prepare(drawn.volume, input_of(modality)).slices_SHW if slices_SHW is None else slices_SHW
+        slices_BSHW[b, : len(slices_SHW)] = slices_SHW
+        mask_BS[b, : len(slices_SHW)] = True
+    return {
+        "slices_BSHW": slices_BSHW,
+        "slice_mask_BS": mask_BS,
+        "modality_B": np.arange(len(MODALITIES), dtype=np.int64),
+    }
+
+
+def strangers(modality: str, count: int) -> list[Example]:
+    """What is not this task's anatomy: noise, blobs, another modality's phantoms, an image turned upside down."""
+    task = next(task for task in TASKS if task.modality == modality)
+    generator = np.random.default_rng(TEST_SEED)
+    shape = phantom(modality, "normal", 0).volume.voxels_ZYX.shape
+    found = []
+    for n in range(count):
+        other = MODALITIES[(MODALITIES.index(modality) + 1 + n % 2) % len(MODALITIES)]
+        drawn = phantom(other, LABELS[other][n % 3], TEST_SEED + n).volume.voxels_ZYX
+        scaled = (drawn - drawn.min()) / max(float(np.ptp(drawn)), 1.0)
+        noise = generator.random(shape, np.float32)
+        smooth = np.stack([cv2.GaussianBlur(plane, (0, 0), 12.0) for plane in noise])
+        smooth = (smooth - smooth.min()) / max(float(np.ptp(smooth)), 1e-6)
+        for voxels_ZYX in (scaled, noise, smooth):
+            units = voxels_ZYX * 1500 - 1250 if modality == "CT" else voxels_ZYX * 1200
+            volume = Volume(units.astype(np.float32), (1.0, 1.0, 1.0), modality)
+            found.append(Example(prepare(volume, input_of(modality)).slices_SHW.astype(np.float16), task, 0))
+    return found
+
+
+def model_card(network: Hybrid, manifest: Manifest, trained_on: str, difference: float) -> str:
+    """Measured here and now; no figure is written by hand."""
+    rows = []
+    looks = {name: every_task(HELD_BACK_PER_LABEL, TEST_SEED, look) for name, look in LOOKS.items()}
+    for task in manifest.tasks:
+        odd_N = predict(network, strangers(task.modality, 20))[task.name].ood_N
+        for name, examples in looks.items():
+            r = reading(network, manifest, task, examples)
+            rows.append(
+                f"| {task.name} | {name} | {r.accuracy:.3f} | {r.balanced_accuracy:.3f} | {r.calibration_error:.3f} "
+                f"| {r.answered:.3f} | {r.accuracy_answered:.3f} |"
+            )
+        rows.append(
+            f"| {task.name} | not this anatomy | – | – | – | {(odd_N <= manifest.ood_threshold).mean():.3f} | – |"
+        )
+    return _CARD.format(
+        name=manifest.name,
+        version=manifest.version,
+        parameters=manifest.parameters,
+        trained_on=trained_on,
+        cases=HELD_BACK_PER_LABEL * 3,
+        rows="\n".join(rows),
+        pointing=f"{pointing_accuracy(network, looks['base']):.3f}",
+        difference=f"{difference:.1e}",
+        opset=OPSET,
+    )
+
+
+def pointing_accuracy(network: Hybrid, examples: Sequence[Example]) -> float:
+    """Share of findings where the place of most evidence for the true label lies on the lesion, or touches it."""
+    hits = []
+    for batch in batches([example for example in examples if example.label > 0 and example.lesion_Shw is not None], 16):
+        map_BSKhw = run_torch(network, {name: getattr(batch, name) for name in INPUT_NAMES})["map_BSKhw"]
+        side = LESION_SIDE // map_BSKhw.shape[-1]
+        for b, column in enumerate(batch.label_B + batch.task.offset):
+            s, row, left = np.unravel_index(map_BSKhw[b, :, column].argmax(), map_BSKhw[b, :, column].shape)
+            assert batch.lesion_BShw is not None
+            here = batch.lesion_BShw[b, s, row * side : (row + 1) * side, left * side : (left + 1) * side]
+            hits.append(bool(here.any()))
+    return float(np.mean(hits))
+
+
+_CARD = """# {name} {version}
+
+A small demonstration network for Wardround: convolution and transformer stages, {parameters} parameters, one head for three
+tasks. **Not a medical device, not for clinical use.** It has seen only synthetic phantoms (`models.phantoms`), no patient.
+
+## Training
+
+`python -m models.training pretrain --out models/bundles/{name}.bundle --threads 2` on {trained_on}.
+Labels, codes and preprocessing are in manifest.json.
+
+## Measured
+
+On phantoms of seeds never trained on, {cases} for each task and look. `base` is the scanner it was trained on;
+`north` and `south` are other hospitals' scanners, which it has not seen: there it is meant to be worse and to be fine-tuned.
+Answered: exactly one label in the conformal set (alpha 0.1) and in distribution; otherwise it abstains.
+
+| task | look | accuracy | balanced | calibration error | answered | accuracy when answered |
+|---|---|---|---|---|---|---|
+{rows}
+
+Place of most evidence on the true lesion, base: {pointing}. Largest difference between torch and ONNX Runtime (opset {opset}): {difference}.
+
+## Limits
+
+Phantoms are drawings with noise; accuracy on them says nothing about patients. Anything but an adult frontal chest X-ray,
+axial chest CT or axial FLAIR-like brain MR is outside of what it knows.
+"""
