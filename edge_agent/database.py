@@ -56,3 +56,16 @@ def count(db: sqlite3.Connection, name: str, amount: int = 1) -> None:
         "INSERT INTO counters VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value",
         (name, amount),
     )
+
+
+def keep(db: sqlite3.Connection, name: str, value: int) -> None:
+    """Set a counter that is no sum: highest sequence, connected or not."""
+    db.execute(
+        "INSERT INTO counters VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = excluded.value", (name, value)
+    )
+
+
+def counter(db: sqlite3.Connection, name: str) -> int:
+    """0 where nothing was counted yet."""
+    row = db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
+    return int(row["value"]) if row else 0

@@ -1,0 +1,200 @@
+"""Which bundle reads: the one in use, the one before it, and what happens when a file is damaged.
+
+Reads and writes rows of `bundles` and files in bundles/ of data_dir; holds the open Reader for the pipeline.
+Never decides whether a new release is good enough (releases.py) and never talks to the hub.
+Source: ARCHITECTURE.md, "Releases".
+"""
+
+import logging
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent import ledger
+from edge_agent.config import Config
+from edge_agent.database import transaction
+from edge_agent.files import write_durably
+from edge_agent.infer import Reader
+from fleet_link.errors import SiteError
+from fleet_link.messages import ReleaseReport
+from models import bundle as bundle_file
+from models.errors import BundleError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Active:
+    reader: Reader
+    digest: str
+    release_version: int  # 0: came with the software
+
+
+class ActiveBundle:
+    """What the pipeline asks before each series. A swap is one reference assignment: no series is dropped or read twice."""
+
+    def __init__(self, active: Active) -> None:
+        self._current = active
+
+    @property
+    def current(self) -> Active:
+        return self._current
+
+    def swap(self, active: Active) -> None:
+        self._current = active
+
+
+def path_of(digest: str) -> str:
+    """Relative to data_dir."""
+    return f"bundles/{digest}.bundle"
+
+
+def open_reader(config: Config, path: Path) -> Reader:
+    """Raises BundleError or SiteError when the file or its known answer is wrong."""
+    settings = config.inference
+    return Reader.open(path, settings.providers, settings.threads, config.box.data_dir / "engines")
+
+
+def base_file(db: sqlite3.Connection, data_dir: Path, digest: str) -> Path | None:
+    """The file of a bundle that this box has used; None if it has not."""
+    row = db.execute(
+        "SELECT path FROM bundles WHERE bundle_digest = ? AND state IN ('active', 'previous')", (digest,)
+    ).fetchone()
+    path = data_dir / row["path"] if row else None
+    return path if path and path.exists() else None
+
+
+def is_coming(db: sqlite3.Connection, digest: str) -> bool:
+    """True while the bundle is on its way or being checked."""
+    found = db.execute(
+        "SELECT 1 FROM bundles WHERE bundle_digest = ? AND state IN ('offered', 'fetched')", (digest,)
+    ).fetchone()
+    return found is not None
+
+
+def load_active(db: sqlite3.Connection, config: Config, now: float) -> ActiveBundle:
+    """At start: open the bundle in use; if it is damaged, the one before it; at last the shipped one.
+
+    Raises SiteError when not even the shipped bundle runs.
+    """
+    failed: list[tuple[sqlite3.Row, str]] = []
+    for row in _in_order(db):
+        try:
+            reader = open_reader(config, config.box.data_dir / row["path"])
+            if reader.bundle.digest != row["bundle_digest"]:
+                raise BundleError("the file has another digest than when it was activated")
+        except (BundleError, SiteError) as error:
+            log.error("bundle %s cannot be used: %s", row["bundle_digest"][:12], error)
+            failed.append((row, str(error)))
+            continue
+        if _is_outdated(row, config):
+            break
+        _roll_back(db, failed, row, now)
+        return ActiveBundle(Active(reader, row["bundle_digest"], row["release_version"]))
+    return _load_shipped(db, config, failed, now)
+
+
+def activate(db: sqlite3.Connection, digest: str, release_version: int, now: float) -> None:
+    """The one in use becomes `previous`. Call inside a transaction."""
+    db.execute(
+        "UPDATE bundles SET state = 'previous', changed_at = ? WHERE state = 'active' AND bundle_digest <> ?",
+        (now, digest),
+    )
+    db.execute(
+        "INSERT INTO bundles VALUES (?, ?, ?, 'active', '', ?) ON CONFLICT(bundle_digest) DO UPDATE"
+        " SET state = 'active', reason = '', release_version = excluded.release_version, changed_at = excluded.changed_at",
+        (digest, release_version, path_of(digest), now),
+    )
+
+
+def refuse(db: sqlite3.Connection, digest: str, reason: str, now: float) -> None:
+    """Call inside a transaction."""
+    db.execute(
+        "UPDATE bundles SET state = 'refused', reason = ?, changed_at = ? WHERE bundle_digest = ?",
+        (reason[: ledger.MAX_REASON_CHARACTERS], now, digest),
+    )
+
+
+def clear_out(db: sqlite3.Connection, data_dir: Path) -> None:
+    """Files of refused bundles and of all but the newest `previous` one go, unless an open round still builds on them."""
+    needed = {known.plan.base_digest for known in ledger.in_states(db, *ledger.OPEN_STATES)}
+    kept_previous = 1
+    for row in db.execute(
+        "SELECT * FROM bundles WHERE state IN ('previous', 'refused') ORDER BY changed_at DESC"
+    ).fetchall():
+        if row["bundle_digest"] in needed:
+            continue
+        if row["state"] == "previous" and kept_previous:
+            kept_previous -= 1
+            continue
+        (data_dir / row["path"]).unlink(missing_ok=True)
+        if row["state"] == "previous":
+            db.execute("DELETE FROM bundles WHERE bundle_digest = ?", (row["bundle_digest"],))
+
+
+def _in_order(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    return db.execute(
+        "SELECT * FROM bundles WHERE state IN ('active', 'previous') ORDER BY state = 'previous', changed_at DESC"
+    ).fetchall()
+
+
+def _shipped(config: Config) -> Path:
+    return config.inference.bundle or bundle_file.SHIPPED
+
+
+def _is_outdated(row: sqlite3.Row, config: Config) -> bool:
+    """A box that never had a release follows the bundle of its software or its configuration."""
+    return bool(row["release_version"] == 0 and row["bundle_digest"] != _digest(_shipped(config)))
+
+
+def _load_shipped(
+    db: sqlite3.Connection, config: Config, failed: list[tuple[sqlite3.Row, str]], now: float
+) -> ActiveBundle:
+    source = _shipped(config)
+    digest = _digest(source)
+    path = config.box.data_dir / path_of(digest)
+    write_durably(path, source.read_bytes(), mode=0o644)
+    try:
+        reader = open_reader(config, path)
+    except BundleError as error:
+        raise SiteError(f"the bundle {source.name} cannot be used: {error}", advice=error.advice) from error
+    with transaction(db):
+        for row, reason in failed:
+            _report_rolled_back(db, row, reason, now)
+        activate(db, digest, 0, now)
+    log.info("bundle %s is in use, from %s", digest[:12], source.name)
+    return ActiveBundle(Active(reader, digest, 0))
+
+
+def _roll_back(db: sqlite3.Connection, failed: list[tuple[sqlite3.Row, str]], to: sqlite3.Row, now: float) -> None:
+    if not failed:
+        return
+    with transaction(db):
+        for row, reason in failed:
+            _report_rolled_back(db, row, reason, now)
+        activate(db, to["bundle_digest"], to["release_version"], now)
+    log.warning("rolled back to bundle %s", to["bundle_digest"][:12])
+
+
+def _report_rolled_back(db: sqlite3.Connection, row: sqlite3.Row, reason: str, now: float) -> None:
+    refuse(db, row["bundle_digest"], reason, now)
+    if row["release_version"]:
+        report(db, ReleaseReport(
+            message_id=ledger.message_id("rolled-back", row["bundle_digest"], now),
+            release_version=row["release_version"],
+            bundle_digest=row["bundle_digest"],
+            outcome="rolled-back",
+            reason=reason[: ledger.MAX_REASON_CHARACTERS],
+        ), now)  # fmt: skip
+
+
+def report(db: sqlite3.Connection, message: ReleaseReport, now: float) -> None:
+    """Into the durable outbox."""
+    ledger.enqueue(db, message, now)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return bundle_file.file_digest(path)
+    except OSError as error:
+        raise SiteError(f"the bundle {path} cannot be read: {error}", advice="check inference.bundle") from error

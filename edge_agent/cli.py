@@ -1,0 +1,173 @@
+"""`edge-agent`: init, enroll, run, status, doctor, user.
+
+Reads the configuration file; prints for people, or JSON with --json.
+Never shows patient data.
+"""
+
+import getpass
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edge_agent import config as configuration
+from edge_agent import database, doctor, identity, setup, status, users
+from fleet_link.errors import WardroundError
+from models.errors import ModelError
+
+DEFAULT_CONFIG = Path("edge-agent.toml")
+app = typer.Typer(
+    help="The Wardround edge box: receives DICOM, reads it, sends results to the PACS, learns from corrections.",
+    epilog="First steps:  edge-agent init  ·  edge-agent doctor  ·  edge-agent user add NAME  ·  edge-agent enroll TOKEN  ·  edge-agent run",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+user_app = typer.Typer(help="Who may sign in at the review page.", no_args_is_help=True)
+app.add_typer(user_app, name="user")
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+out = Console(highlight=False)
+
+
+@app.command()
+def init(
+    config: ConfigOption = DEFAULT_CONFIG,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A value other than the default; may be repeated."),
+    ] = None,
+) -> None:
+    """Write a configuration file with every key documented, and make the data folder."""
+    loaded = setup.init(config, set_ or [])
+    database.connect(loaded.box.data_dir).close()
+    out.print(f"{config} written; data goes to {loaded.box.data_dir}. Next: `edge-agent doctor`", soft_wrap=True)
+
+
+@app.command()
+def enroll(
+    token: Annotated[
+        str, typer.Argument(help="The one-time token that `fleet device add` printed; - reads it from standard input.")
+    ],
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Make this box's key and get its certificate from the hub."""
+    text = sys.stdin.readline().strip() if token == "-" else token  # noqa: S105
+    enrolled = identity.enroll(text, configuration.load(config).box.data_dir)
+    out.print(
+        f"Enrolled as {enrolled.address.device} at {enrolled.address.hub_url}. Restart a running edge-agent.",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def run(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Receive, read, report and learn until stopped (SIGTERM or Ctrl-C)."""
+    from edge_agent import daemon  # what only the daemon needs is loaded only for it
+
+    daemon.run(configuration.load(config))
+
+
+@app.command("status")
+def show_status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """What the box is doing, and what waits for somebody."""
+    gathered = status.gather(configuration.load(config))
+    if as_json:
+        out.print_json(json.dumps(gathered.to_dict()))
+    else:
+        _print_status(gathered)
+
+
+@app.command("doctor")
+def run_doctor(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Check ports, disk, clock, certificates, GPU and providers, PACS and hub; say what to do. Exit code 1 on an error."""
+    checks = []
+    for check in doctor.examine(configuration.load(config)):
+        checks.append(check)
+        if not as_json:
+            mark = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "error": "[red]✗[/red]"}[check.level]
+            out.print(f"{mark} [bold]{check.name}[/bold]: {check.finding}", soft_wrap=True)
+            if check.advice and check.level is not doctor.Level.OK:
+                out.print(f"    → {check.advice}", soft_wrap=True)
+    if as_json:
+        out.print_json(json.dumps([check.__dict__ for check in checks]))
+    if any(check.level is doctor.Level.ERROR for check in checks):
+        raise typer.Exit(1)
+
+
+@user_app.command("add")
+def add_user(
+    name: Annotated[str, typer.Argument(help="The name to sign in with; kept with each verdict.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Read the password from standard input.")
+    ] = False,
+) -> None:
+    """Add a radiologist, or give one a new password."""
+    if password_stdin:
+        password = sys.stdin.readline().rstrip("\n")
+    else:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise typer.BadParameter("the two passwords differ")
+    db = database.connect(configuration.load(config).box.data_dir)
+    users.add_user(db, name, password, time.time())
+    out.print(f"{name} may sign in.")
+
+
+def main() -> None:
+    """Errors end with what happened and what to do next, on standard error, exit code 1."""
+    try:
+        app()
+    except (WardroundError, ModelError) as error:
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        errors.print("[red]error:[/red]", escape(str(error)))
+        if error.advice:
+            errors.print("  →", escape(error.advice))
+        sys.exit(1)
+
+
+def _print_status(gathered: status.Status) -> None:
+    state = "[green]running[/green]" if gathered.running else "[yellow]not running[/yellow]"
+    device = gathered.device or "not enrolled"
+    link = "connected to the hub" if gathered.hub_connected else "no connection to the hub"
+    out.print(f"[bold]{device}[/bold]  {state}, {link}; {gathered.disk_free_bytes / 1e9:.1f} GB free")
+    if gathered.bundle:
+        out.print(
+            f"model: release {gathered.bundle['release_version']}, bundle {gathered.bundle['bundle_digest'][:12]}"
+        )
+    out.print("series: " + (", ".join(f"{n} {name}" for name, n in gathered.series.items()) or "none yet"))
+    out.print("counts: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in gathered.counts.items()))
+    _print_rows("Rounds", gathered.rounds)
+    _print_rows("Waiting for the PACS", gathered.pacs)
+    _print_rows("Series not read", gathered.failed)
+    _print_rows("Quarantine", gathered.quarantine)
+    _print_rows("Refused bundles", gathered.refused_bundles)
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    out.print(table)
+
+
+def _cell(name: str, value: object) -> str:
+    if name.endswith("_at") and isinstance(value, float):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    return str(value)[:12] if name == "bundle_digest" else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The box as one process: start-up → watch → shut-down, and every thread it has.
+
+Reads the configuration; repairs what a kill left behind before any port opens; then the threads hand over through box.db.
+Never goes on with a part missing: a thread that ends by a defect ends the process, and systemd starts it anew.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event, Thread
+
+import uvicorn
+
+from edge_agent import bundles, catalog, database, identity, review, status
+from edge_agent.bundles import ActiveBundle
+from edge_agent.config import Config
+from edge_agent.delivery import Delivery
+from edge_agent.learner import Learner
+from edge_agent.link import Link
+from edge_agent.pipeline import Pipeline
+from edge_agent.receive import StorageScp
+from edge_agent.releases import Installer
+from fleet_link import notify
+from fleet_link.errors import SiteError
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[Event], None]
+WATCH_S = 5.0
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    name: str
+    thread: Thread
+
+
+def run(config: Config) -> None:
+    """Until SIGTERM or SIGINT. Raises SiteError when the box cannot start."""
+    notify.set_up_logging(config.box.log_level)
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    config.box.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with status.run_lock(config.box.data_dir):
+        holder = repair(config)
+        scp = StorageScp(config, on_association_end=lambda: None)
+        workers = [Worker(name, _thread(name, work, stop)) for name, work in work_of(config, holder).items()]
+        try:
+            scp.start()
+            notify.ready(f"receiving as {config.dicom.ae_title} on port {scp.port}")
+            watch(workers, stop)
+        finally:
+            notify.stopping()
+            log.info("stopping")
+            scp.stop()
+            stop.set()
+            _join(workers)
+
+
+def repair(config: Config) -> ActiveBundle:
+    """Make half-done work whole, and open the bundle in use."""
+    db = database.connect(config.box.data_dir)
+    try:
+        catalog.repair(db, config.box.data_dir, time.time())
+        return bundles.load_active(db, config, time.time())
+    finally:
+        db.close()
+
+
+def work_of(config: Config, holder: ActiveBundle) -> dict[str, Work]:
+    """What runs side by side; each item owns its thread and its database connection."""
+    enrolled = identity.load(config.box.data_dir) if identity.is_enrolled(config.box.data_dir) else None
+    work: dict[str, Work] = {
+        "pipeline": Pipeline(config, holder, time.time).run,
+        "review": lambda stop: serve_review(config, stop),
+        "learner": Learner(config, holder, enrolled.identity if enrolled else None, time.time).run,
+    }
+    if config.pacs.enabled:
+        work["delivery"] = Delivery(config, time.time).run
+    if enrolled and config.hub.enabled:
+        work["installer"] = Installer(config, holder, time.time).run
+        work["link"] = Link(config, enrolled, holder).run
+    elif config.hub.enabled:
+        log.warning("not enrolled: no rounds and no releases; run `edge-agent enroll TOKEN`")
+    return work
+
+
+def watch(workers: list[Worker], stop: Event) -> None:
+    """Tell systemd that all is well for as long as it is. Raises SiteError when a worker has ended by itself."""
+    interval_s = notify.watchdog_interval_s(WATCH_S)
+    while not stop.wait(min(interval_s, WATCH_S)):
+        ended = [worker.name for worker in workers if not worker.thread.is_alive()]
+        if ended:
+            raise SiteError(f"{', '.join(ended)} stopped", advice="the log says why; the service starts anew")
+        notify.watchdog()
+
+
+def serve_review(config: Config, stop: Event) -> None:
+    """The review page under uvicorn; its own signal handling stays off, ours is in `run`."""
+    page = config.review
+    settings = uvicorn.Config(
+        review.create_app(config),
+        host=page.bind,
+        port=page.port,
+        ssl_certfile=page.tls_certificate,
+        ssl_keyfile=page.tls_key,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(settings)
+    watcher = Thread(
+        target=lambda: (stop.wait(), setattr(server, "should_exit", True)), name="review-stop", daemon=True
+    )
+    watcher.start()
+    server.run()
+
+
+def _thread(name: str, work: Work, stop: Event) -> Thread:
+    def guarded() -> None:
+        try:
+            work(stop)
+        except Exception:  # the thread's outermost frame: logged here, `watch` ends the process
+            log.exception("%s stopped by a defect", name)
+
+    thread = Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _join(workers: list[Worker]) -> None:
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for worker in workers:
+        worker.thread.join(max(0.0, deadline - time.monotonic()))
+        if worker.thread.is_alive():
+            log.warning("%s did not stop in time", worker.name)

@@ -1,0 +1,210 @@
+"""`edge-agent doctor`: try what the box needs, and say what to do about what is wrong.
+
+Reads configuration, disk, ports, clock, certificates, ONNX Runtime's providers; asks PACS and hub for an answer.
+Never changes anything.
+"""
+
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from importlib.util import find_spec
+
+import httpx
+import onnxruntime
+from cryptography import x509
+from pynetdicom.ae import ApplicationEntity
+
+from edge_agent import bundles, health, identity, status
+from edge_agent.config import Config
+from fleet_link.errors import WardroundError
+from models.bundle import SHIPPED
+from models.errors import ModelError
+
+CLOCK_TOLERANCE_S = 120.0
+CERTIFICATE_WARNING_DAYS = 30
+TIMEOUT_S = 5.0
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    level: Level
+    finding: str
+    advice: str = ""
+
+
+def examine(config: Config) -> Iterator[Check]:
+    """Each check in turn; those that need the network come last."""
+    for check in (_disk, _ports, _providers, _bundle, _learning, _identity, _pacs, _hub):
+        yield from check(config)
+
+
+def _disk(config: Config) -> Iterator[Check]:
+    data_dir = config.box.data_dir
+    if not data_dir.is_dir():
+        yield Check("disk", Level.ERROR, f"{data_dir} does not exist", "run `edge-agent init`, or create the folder")
+        return
+    free, least = health.free_bytes(data_dir), config.dicom.min_free_bytes
+    text = f"{free / 1e9:.1f} GB free in {data_dir}; images are refused below {least / 1e9:.1f} GB"
+    if free < least:
+        yield Check("disk", Level.ERROR, text, "free space, or lower dicom.min_free_bytes")
+    elif free < 3 * least:
+        yield Check("disk", Level.WARNING, text, "plan for more space")
+    else:
+        yield Check("disk", Level.OK, text)
+
+
+def _ports(config: Config) -> Iterator[Check]:
+    running = config.box.data_dir.is_dir() and status.is_running(config.box.data_dir)
+    doors = (("dicom", config.dicom.bind, config.dicom.port), ("review", config.review.bind, config.review.port))
+    for section, host, port in doors:
+        free = _can_bind(host, port)
+        if running:
+            yield Check(
+                f"{section} port",
+                Level.ERROR if free else Level.OK,
+                f"{port} {'is not' if free else 'is'} open",
+                "see the log",
+            )
+        elif free:
+            yield Check(f"{section} port", Level.OK, f"{port} on {host} is free")
+        else:
+            yield Check(
+                f"{section} port",
+                Level.ERROR,
+                f"{port} on {host} cannot be used",
+                f"stop what uses it, or change {section}.port",
+            )
+
+
+def _providers(config: Config) -> Iterator[Check]:
+    installed = onnxruntime.get_available_providers()
+    wanted = [name for name in config.inference.providers if name in installed]
+    text = f"ONNX Runtime {onnxruntime.__version__} has {', '.join(installed)}"
+    if not wanted:
+        yield Check("providers", Level.ERROR, text, "name one of these in inference.providers")
+        return
+    yield Check("providers", Level.OK, f"{text}; the first to try is {wanted[0]}")
+    has_gpu = shutil.which("nvidia-smi") or shutil.which("tegrastats")
+    if has_gpu and wanted == ["CPUExecutionProvider"]:
+        yield Check(
+            "gpu",
+            Level.WARNING,
+            "this machine has a GPU, but it is not used",
+            "install the `gpu` extra instead of `cpu`",
+        )
+
+
+def _bundle(config: Config) -> Iterator[Check]:
+    path = config.inference.bundle or SHIPPED
+    try:
+        reader = bundles.open_reader(config, path)
+    except (ModelError, WardroundError) as error:
+        yield Check("bundle", Level.ERROR, f"{path.name}: {error}", error.advice)
+        return
+    yield Check(
+        "bundle", Level.OK, f"{path.name} {reader.bundle.digest[:12]} gives its known answers on {reader.provider}"
+    )
+
+
+def _learning(config: Config) -> Iterator[Check]:
+    if config.policy.learn and find_spec("torch") is None:
+        advice = "install the `train` extra, or set policy.learn = false"
+        yield Check("learning", Level.WARNING, "torch is not installed: this box cannot fine-tune", advice)
+
+
+def _identity(config: Config) -> Iterator[Check]:
+    if not config.box.data_dir.is_dir() or not identity.is_enrolled(config.box.data_dir):
+        yield Check("identity", Level.WARNING, "not enrolled: the box works alone", "run `edge-agent enroll TOKEN`")
+        return
+    try:
+        enrolled = identity.load(config.box.data_dir)
+    except WardroundError as error:
+        yield Check("identity", Level.ERROR, str(error), error.advice)
+        return
+    certificate = x509.load_der_x509_certificate(enrolled.identity.certificate_der)
+    days = (certificate.not_valid_after_utc.timestamp() - time.time()) / 86400
+    text = f"{enrolled.address.device}, certificate valid for {days:.0f} days"
+    if days < 0:
+        yield Check(
+            "identity", Level.ERROR, text, "the certificate has expired: enrol again with a new token from the hub"
+        )
+    elif days < CERTIFICATE_WARNING_DAYS:
+        yield Check("identity", Level.WARNING, text, "enrol again with a new token before it expires")
+    else:
+        yield Check("identity", Level.OK, text)
+
+
+def _pacs(config: Config) -> Iterator[Check]:
+    pacs = config.pacs
+    if not pacs.enabled:
+        yield Check("pacs", Level.WARNING, "results stay on the box", "set pacs.enabled = true and its address")
+        return
+    ae = ApplicationEntity(pacs.calling_ae_title)
+    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = TIMEOUT_S
+    ae.add_requested_context("1.2.840.10008.1.1")
+    association = ae.associate(pacs.host, pacs.port, ae_title=pacs.ae_title)
+    where = f"{pacs.ae_title} at {pacs.host}:{pacs.port}"
+    if not association.is_established:
+        said = "refused the association" if association.is_rejected else "does not answer"
+        yield Check(
+            "pacs", Level.ERROR, f"{where} {said}", "check [pacs], the firewall, and that the PACS knows this AE title"
+        )
+        return
+    answer = association.send_c_echo()
+    association.release()
+    done = bool(answer) and answer.Status == 0
+    yield Check(
+        "pacs",
+        Level.OK if done else Level.ERROR,
+        f"{where} {'answers' if done else 'fails'} C-ECHO",
+        "see the PACS's log",
+    )
+
+
+def _hub(config: Config) -> Iterator[Check]:
+    if not config.hub.enabled or not config.box.data_dir.is_dir() or not identity.is_enrolled(config.box.data_dir):
+        return
+    enrolled = identity.load(config.box.data_dir)
+    address = enrolled.address
+    try:
+        with socket.create_connection((address.mqtt_host, address.mqtt_port), TIMEOUT_S):
+            yield Check("hub broker", Level.OK, f"{address.mqtt_host}:{address.mqtt_port} is open")
+    except OSError as error:
+        yield Check(
+            "hub broker", Level.ERROR, f"{address.mqtt_host}:{address.mqtt_port}: {error}", "check firewall and hub"
+        )
+    try:
+        context = ssl.create_default_context(cafile=str(enrolled.folder.ca))
+        answer = httpx.get(
+            f"{address.hub_url}/.well-known/est/cacerts", verify=context, timeout=TIMEOUT_S, trust_env=False
+        )
+        theirs = parsedate_to_datetime(answer.headers["date"]).replace(tzinfo=UTC).timestamp()
+    except (httpx.HTTPError, ssl.SSLError, KeyError, ValueError) as error:
+        yield Check("hub", Level.ERROR, f"{address.hub_url}: {error}", "check firewall and hub")
+        return
+    away = abs(theirs - time.time())
+    level = Level.OK if away < CLOCK_TOLERANCE_S else Level.ERROR
+    yield Check("clock", level, f"{away:.0f} s from the hub's", "set up NTP: messages with a wrong time are refused")
+
+
+def _can_bind(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return False
+        return True

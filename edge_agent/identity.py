@@ -1,0 +1,227 @@
+"""Who this box is: its key, its certificate, the fleet's CA, and how it got them (enrolment).
+
+Reads a one-time token; talks HTTPS to the hub; writes identity/ in data_dir, device.pem last: it means "enrolled".
+Never sends the private key; never trusts a hub whose CA is not the one in the token.
+Source: EST, RFC 7030 sections 4.1 and 4.2; PKCS #7 certs-only, RFC 5272.
+"""
+
+import base64
+import binascii
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
+from msgspec import Meta
+
+from edge_agent.files import write_durably
+from fleet_link import pki, tokens
+from fleet_link.errors import LinkError, SiteError, TrustError
+
+MAX_REPLY_BYTES = 1024 * 1024
+TIMEOUT_S = 20.0
+NEW_TOKEN = "make a new token on the hub: `fleet device add DEVICE --site SITE`"  # noqa: S105 - advice, no secret
+
+
+class HubAddress(msgspec.Struct, frozen=True):
+    """identity/link.json."""
+
+    device: str
+    hub_url: str
+    mqtt_host: str
+    mqtt_port: int
+
+
+class _Bootstrap(msgspec.Struct, frozen=True):
+    mqtt_host: Annotated[str, Meta(min_length=1, max_length=253)]
+    mqtt_port: Annotated[int, Meta(ge=1, le=65535)]
+    tuf_root: Annotated[str, Meta(min_length=1)]
+    device: str
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the parts of an identity lie."""
+
+    path: Path
+
+    @property
+    def key(self) -> Path:
+        return self.path / "device.key"
+
+    @property
+    def certificate(self) -> Path:
+        return self.path / "device.pem"
+
+    @property
+    def ca(self) -> Path:
+        return self.path / "ca.pem"
+
+    @property
+    def address(self) -> Path:
+        return self.path / "link.json"
+
+    @property
+    def tuf(self) -> Path:
+        return self.path / "tuf"
+
+    @property
+    def tuf_root(self) -> Path:
+        return self.tuf / "root.json"
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    folder: Folder
+    address: HubAddress
+    identity: pki.Identity
+    trust: pki.Trust
+
+
+def folder(data_dir: Path) -> Folder:
+    return Folder(data_dir / "identity")
+
+
+def is_enrolled(data_dir: Path) -> bool:
+    return folder(data_dir).certificate.exists()
+
+
+def load(data_dir: Path) -> Enrolled:
+    """Raises SiteError when the box is not enrolled or a part of its identity is damaged."""
+    here = folder(data_dir)
+    if not is_enrolled(data_dir):
+        raise SiteError("this box is not enrolled", advice="run `edge-agent enroll TOKEN` with a token from the hub")
+    try:
+        address = msgspec.json.decode(here.address.read_bytes(), type=HubAddress)
+        trust = pki.Trust(here.ca.read_bytes())
+        here.tuf_root.stat()
+        return Enrolled(here, address, pki.load_identity(here.key, here.certificate), trust)
+    except (OSError, ValueError) as error:
+        advice = "restore the identity folder, or remove it and enrol with a new token"
+        raise SiteError(f"this box's identity is damaged: {error}", advice=advice) from error
+
+
+def enroll(token_text: str, data_dir: Path) -> Enrolled:
+    """Buy a certificate with a one-time token.
+
+    May be repeated with the same token as long as the hub has issued nothing for it.
+    Raises SiteError (already enrolled), TrustError (not the token's hub) or LinkError (hub away or token refused).
+    """
+    token = tokens.parse(token_text)
+    here = folder(data_dir)
+    if is_enrolled(data_dir):
+        raise SiteError(
+            f"this box is already enrolled as {load(data_dir).address.device}",
+            advice=f"to give it another identity stop the agent and remove {here.path}",
+        )
+    here.tuf.mkdir(mode=0o700, parents=True, exist_ok=True)
+    here.path.chmod(0o700)
+    # 1. The CA, fetched without trust and pinned by the token's fingerprint.
+    ca = _pinned_ca(token)
+    with _trusting(ca, token) as hub:
+        # 2. Where the broker is and the root of releases, over a connection that this CA vouches for.
+        bootstrap = _bootstrap(hub, token)
+        write_durably(here.ca, ca.public_bytes(Encoding.PEM), mode=0o644)
+        write_durably(here.tuf_root, _base64(bootstrap.tuf_root, "release root"), mode=0o644)
+        address = HubAddress(token.device, token.hub_url, bootstrap.mqtt_host, bootstrap.mqtt_port)
+        write_durably(here.address, msgspec.json.encode(address), mode=0o644)
+        # 3. The certificate, for a key that stays here; a half-done enrolment goes on with its key.
+        key = pki.load_private_key(here.key) if here.key.exists() else pki.new_private_key(here.key)
+        certificate = _certificate(hub, pki.build_csr(key, token.device))
+    # 4. Only a certificate of this key, this name and this CA is kept.
+    _check_certificate(certificate, key, token.device, ca)
+    write_durably(here.certificate, certificate.public_bytes(Encoding.PEM), mode=0o644)
+    return load(data_dir)
+
+
+def _pinned_ca(token: tokens.EnrolmentToken) -> x509.Certificate:
+    with httpx.Client(verify=False, timeout=TIMEOUT_S, trust_env=False) as unverified:  # noqa: S501 - pinned below
+        reply = _ask(unverified, "GET", f"{token.hub_url}/.well-known/est/cacerts")
+    for certificate in _certificates(reply):
+        if pki.fingerprint(certificate.public_bytes(Encoding.DER)) == token.ca_sha256:
+            return certificate
+    raise TrustError(
+        f"{token.hub_url} is not the hub that this token is for: it shows another CA",
+        advice="check the hub's address; someone may stand between box and hub; " + NEW_TOKEN,
+    )
+
+
+def _trusting(ca: x509.Certificate, token: tokens.EnrolmentToken) -> httpx.Client:
+    context = ssl.create_default_context(cadata=ca.public_bytes(Encoding.PEM).decode("ascii"))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return httpx.Client(
+        base_url=token.hub_url,
+        verify=context,
+        auth=(token.device, token.secret),
+        timeout=TIMEOUT_S,
+        trust_env=False,
+    )
+
+
+def _bootstrap(hub: httpx.Client, token: tokens.EnrolmentToken) -> _Bootstrap:
+    reply = _ask(hub, "GET", "/.well-known/wardround/bootstrap")
+    try:
+        bootstrap = msgspec.json.decode(reply, type=_Bootstrap)
+    except msgspec.DecodeError as error:
+        raise LinkError(f"the hub's bootstrap is not understood: {error}", advice="compare the versions") from error
+    if bootstrap.device != token.device:
+        raise TrustError(f"the hub answered for {bootstrap.device!r}, not for {token.device!r}", advice=NEW_TOKEN)
+    return bootstrap
+
+
+def _certificate(hub: httpx.Client, csr_pem: bytes) -> x509.Certificate:
+    csr_der = x509.load_pem_x509_csr(csr_pem).public_bytes(Encoding.DER)
+    headers = {"content-type": "application/pkcs10", "content-transfer-encoding": "base64"}
+    reply = _ask(hub, "POST", "/.well-known/est/simpleenroll", content=base64.encodebytes(csr_der), headers=headers)
+    return _certificates(reply)[0]
+
+
+def _check_certificate(certificate: x509.Certificate, key: Any, device: str, ca: x509.Certificate) -> None:
+    ours = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    theirs = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if ours != theirs:
+        raise TrustError("the hub's certificate is for another key than this box's", advice=NEW_TOKEN)
+    trust = pki.Trust(ca.public_bytes(Encoding.PEM))
+    now = certificate.not_valid_before_utc.timestamp()  # a box whose clock is wrong may still enrol; doctor tells
+    trust.check(certificate.public_bytes(Encoding.DER), expected_name=device, now=now)
+
+
+def _ask(hub: httpx.Client, method: str, url: str, **request: Any) -> bytes:
+    """One request. Raises LinkError with what the hub said and what the operator does next."""
+    try:
+        with hub.stream(method, url, **request) as response:
+            reply = b""
+            for part in response.iter_bytes():
+                reply += part
+                if len(reply) > MAX_REPLY_BYTES:
+                    raise LinkError("the hub's reply is larger than any reply of a hub", advice="check the address")
+    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
+        advice = "check the hub's address, the firewall and both clocks; the same token can be used again"
+        raise LinkError(f"the hub cannot be reached: {error}", advice=advice) from error
+    if response.status_code == httpx.codes.OK:
+        return reply
+    said = reply[:300].decode("utf-8", "replace").strip() or response.reason_phrase
+    if response.status_code in (400, 401, 403, 404, 409, 410):
+        raise LinkError(f"the hub refused ({response.status_code}): {said}", advice=NEW_TOKEN)
+    raise LinkError(f"the hub failed ({response.status_code}): {said}", advice="try the same token again later")
+
+
+def _certificates(reply: bytes) -> list[x509.Certificate]:
+    try:
+        certificates = pkcs7.load_der_pkcs7_certificates(_base64(reply.decode("ascii"), "certificates"))
+    except (ValueError, TypeError) as error:
+        raise LinkError(f"the hub's certificates are not understood: {error}", advice="check the address") from error
+    if not certificates:
+        raise LinkError("the hub sent no certificate", advice="check the address")
+    return certificates
+
+
+def _base64(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise LinkError(f"the hub's {what} are not base64: {error}", advice="check the hub's address") from error

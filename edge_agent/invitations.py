@@ -1,0 +1,52 @@
+"""Invitations: a round's plan meets the site's policy, now or as soon as its base bundle has arrived.
+
+Reads plans, examples and bundles; moves rows of `rounds` through ledger.py.
+Never answers for the site against its policy: policy.py decides, this file gathers the facts.
+Source: ARCHITECTURE.md, "The link": "The site decides".
+"""
+
+import sqlite3
+from pathlib import Path
+
+from edge_agent import bundles, learn, ledger, policy, rounds
+from edge_agent.config import Config
+from edge_agent.ledger import Outcome, Round
+from edge_agent.rounds import Event, State
+from fleet_link.messages import RoundPlan
+
+
+def take(db: sqlite3.Connection, config: Config, plan: RoundPlan, now: float) -> None:
+    """A plan, for the first time or again: an answer that the hub has missed is said once more."""
+    known = ledger.invite(db, plan, now)
+    if known.state is State.INVITED:
+        _judge(db, config, known, now)
+    else:
+        ledger.apply(db, config.box.data_dir, plan.round_id, Event.INVITATION, now)
+
+
+def judge_waiting(db: sqlite3.Connection, config: Config, now: float) -> None:
+    for waiting in ledger.in_states(db, State.INVITED):
+        _judge(db, config, waiting, now)
+
+
+def close_expired(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
+    for known in ledger.in_states(db, *ledger.OPEN_STATES):
+        event = rounds.expired(known.state, known.plan.deadline_unix_s, now)
+        if event is not None:
+            reason = known.reason or "the deadline passed before this box had an update"
+            ledger.apply(db, data_dir, known.round_id, event, now, Outcome(reason=reason))
+
+
+def _judge(db: sqlite3.Connection, config: Config, invited: Round, now: float) -> None:
+    plan = invited.plan
+    facts = policy.Facts(
+        base_here=bundles.base_file(db, config.box.data_dir, plan.base_digest) is not None,
+        train_examples=len(learn.examples(db, config.policy.tasks, "train")),
+        local_minute=policy.local_minute(now),
+    )
+    if not facts.base_here and bundles.is_coming(db, plan.base_digest) and now < plan.deadline_unix_s:
+        return
+    reason = policy.may_join(plan, config.policy, facts, now)
+    event = Event.REFUSED_HERE if reason else Event.ADMITTED
+    outcome = Outcome(examples=facts.train_examples, reason=reason)
+    ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)

@@ -1,0 +1,264 @@
+"""A correction becomes knowledge: examples from reviewed series, and fine-tuning in a child process.
+
+Reads reviews, instance files and a base bundle; writes examples/ and learning/ in data_dir and rows of `examples`.
+Never imports torch, never sends anything, never trains on a held-out patient.
+Source: ARCHITECTURE.md, "Five paths"; the split is by patient, as DICOM PS3.3 C.7.1.1 names one.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from edge_agent import decode, instances
+from edge_agent.config import Learning
+from edge_agent.files import write_durably
+from fleet_link.errors import SiteError
+from fleet_link.messages import RoundPlan
+from models.bundle import Bundle
+from models.errors import VolumeError
+from models.preprocess import Volume, prepare
+from models.spec import InputSpec, Manifest
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+GRACE_S = 5.0
+TAIL_BYTES = 2000
+# The child dies with the thread that started it, and is the first to go when memory ends.
+GUARD = ("setpriv", "--pdeathsig", "KILL", "choom", "-n", "900", "--")
+
+NEWEST_REVIEWS = """
+    SELECT r.series_no, r.review_no, r.label FROM reviews r
+    LEFT JOIN examples e ON e.series_no = r.series_no
+    WHERE r.review_no = (SELECT MAX(review_no) FROM reviews WHERE series_no = r.series_no)
+      AND (e.review_no IS NULL OR e.review_no < r.review_no)
+    ORDER BY r.review_no
+"""
+
+
+class TrainingStoppedError(Exception):
+    """The box stops or the round is over: the work is dropped and may be done again."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """out/report.json of the child, as far as the box uses it."""
+
+    examples: int
+    heldout: int
+    heldout_correct_before: int
+    heldout_correct_after: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+class _ChildError(msgspec.Struct, frozen=True):
+    error: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    weights: dict[str, NDArray[np.float32]]
+    report: Report
+
+
+@dataclass(frozen=True)
+class Example:
+    series_no: int
+    modality: str
+    label: str
+    split: str
+    path: str  # relative to data_dir
+
+
+def collect(db: sqlite3.Connection, data_dir: Path, manifest: Manifest, heldout_fraction: float) -> int:
+    """Turn every new verdict into an example. Gives how many changed; a series that cannot be read is skipped."""
+    changed = 0
+    for review in db.execute(NEWEST_REVIEWS).fetchall():
+        try:
+            _learn_from(db, data_dir, manifest, heldout_fraction, review)
+        except (SiteError, VolumeError) as error:
+            log.warning("series %d: no example can be made of it: %s", review["series_no"], error)
+            continue
+        changed += 1
+    return changed
+
+
+def examples(db: sqlite3.Connection, modalities: Sequence[str], split: str) -> list[Example]:
+    rows = db.execute(
+        "SELECT series_no, modality, label, split, path FROM examples WHERE split = ? ORDER BY series_no", (split,)
+    )
+    return [Example(**dict(row)) for row in rows if row["modality"] in modalities]
+
+
+def lay_out(db: sqlite3.Connection, data_dir: Path, base: Bundle, modalities: Sequence[str], folder: Path) -> int:
+    """Fill `folder` with examples.json and arrays for the child, as `base` wants its input. Gives the number to train on.
+
+    Examples whose modality or label the base does not know, or whose images are gone, stay out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for example in examples(db, modalities, "train") + examples(db, modalities, "heldout"):
+        spec, task = base.manifest.input_for(example.modality), base.manifest.task_for(example.modality)
+        if spec is None or task is None or example.label not in {label.name for label in task.labels}:
+            continue
+        try:
+            path = _arrays_for(db, data_dir, example, spec)
+        except (SiteError, VolumeError) as error:
+            log.warning("series %d: not learned from: %s", example.series_no, error)
+            continue
+        _link(data_dir / path, folder / Path(path).name)
+        name = Path(path).name
+        listed.append({"path": name, "modality": example.modality, "label": example.label, "split": example.split})
+    write_durably(folder / "examples.json", msgspec.json.encode(listed))
+    return sum(entry["split"] == "train" for entry in listed)
+
+
+def train(plan: RoundPlan, base: Bundle, folder: Path, learning: Learning, stopped: Callable[[], bool]) -> Trained:
+    """Fine-tune `base` on folder/examples.json in a child process.
+
+    Raises TrainingStoppedError when `stopped` says so; SiteError when the child fails, takes too long or writes nonsense.
+    """
+    out = folder / "out"
+    command = [*GUARD, "nice", "-n", str(learning.nice), sys.executable, "-P", "-m", "models.training", "finetune"]
+    command += ["--bundle", str(base.path), "--examples", str(folder), "--out", str(out)]
+    command += ["--epochs", str(plan.epochs), "--lr", str(plan.learning_rate), "--trainable", plan.trainable]
+    command += ["--seed", str(plan.seed), "--threads", str(learning.threads)]
+    run_child(command, folder, learning.timeout_s, stopped)
+    return read_trained(out, base)
+
+
+def run_child(command: Sequence[str], folder: Path, timeout_s: float, stopped: Callable[[], bool]) -> None:
+    """Run to the end, with what it says in folder/child.log; raises as `train` does. The child never outlives the call."""
+    log_path = folder / "child.log"
+    deadline = time.monotonic() + timeout_s
+    with log_path.open("wb") as log_file:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, cwd=folder)
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL_S)
+                if child.returncode is not None:
+                    break
+                if stopped():
+                    raise TrainingStoppedError
+                if time.monotonic() > deadline:
+                    raise SiteError(f"training took longer than {timeout_s:g} s", advice="raise learning.timeout_s")
+        finally:
+            _end(child)
+    if child.returncode == -9:
+        raise SiteError("training was killed, most likely for want of memory", advice="give the box more memory")
+    if child.returncode != 0:
+        said = log_path.read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace")
+        raise SiteError(f"training failed ({child.returncode}): {_complaint(said)}", advice=f"read {log_path}")
+
+
+def read_trained(out: Path, base: Bundle) -> Trained:
+    """What the child wrote, believed only as far as it fits the base."""
+    try:
+        report = msgspec.json.decode((out / "report.json").read_bytes(), type=Report)
+        weights = safetensors_numpy.load_file(out / "weights.safetensors")
+    except (OSError, msgspec.DecodeError, SafetensorError, ValueError) as error:
+        raise SiteError(
+            f"training left no readable result: {error}", advice="compare the software's versions"
+        ) from error
+    for name, before in base.weights.items():
+        if name not in weights or weights[name].shape != before.shape:
+            raise SiteError(f"training left no {name} of shape {before.shape}", advice="compare the versions")
+        if not np.isfinite(weights[name]).all():
+            raise SiteError(f"training diverged: {name} is not finite", advice="ask the hub for a lower learning rate")
+    return Trained(weights, report)
+
+
+def split_of(patient: str, heldout_fraction: float) -> str:
+    """The same patient is always on the same side."""
+    share = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
+    return "heldout" if share < heldout_fraction else "train"
+
+
+def example_path(series_no: int, spec: InputSpec) -> str:
+    """Named by the preprocessing too: a bundle with another spec needs other arrays."""
+    tag = hashlib.sha256(msgspec.json.encode(spec)).hexdigest()[:8]
+    return f"examples/{series_no}-{tag}.npz"
+
+
+def _learn_from(
+    db: sqlite3.Connection, data_dir: Path, manifest: Manifest, heldout_fraction: float, review: sqlite3.Row
+) -> None:
+    series_no = review["series_no"]
+    paths = instances.open(db, data_dir, series_no)
+    volume = decode.to_volume(paths).volume
+    spec = manifest.input_for(volume.modality)
+    if spec is None:
+        raise SiteError(f"the bundle has no task for {volume.modality}")
+    path = _write_arrays(data_dir, series_no, volume, spec)
+    split = split_of(_patient(paths[0]), heldout_fraction)
+    db.execute(
+        "INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(series_no) DO UPDATE"
+        " SET review_no = excluded.review_no, label = excluded.label, path = excluded.path",
+        (series_no, review["review_no"], volume.modality, review["label"], split, path),
+    )
+    log.info("series %d: example for learning", series_no)
+
+
+def _arrays_for(db: sqlite3.Connection, data_dir: Path, example: Example, spec: InputSpec) -> str:
+    """Made again where the bundle wants its input otherwise, or the file is lost."""
+    if example.path == example_path(example.series_no, spec) and (data_dir / example.path).exists():
+        return example.path
+    volume = decode.to_volume(instances.open(db, data_dir, example.series_no)).volume
+    path = _write_arrays(data_dir, example.series_no, volume, spec)
+    db.execute("UPDATE examples SET path = ? WHERE series_no = ?", (path, example.series_no))
+    return path
+
+
+def _link(source: Path, target: Path) -> None:
+    """The child reads names of its own folder only; a hard link costs no copy."""
+    target.unlink(missing_ok=True)
+    os.link(source, target)
+
+
+def _write_arrays(data_dir: Path, series_no: int, volume: Volume, spec: InputSpec) -> str:
+    content = io.BytesIO()
+    np.savez_compressed(content, slices_SHW=prepare(volume, spec).slices_SHW.astype(np.float16))
+    path = example_path(series_no, spec)
+    write_durably(data_dir / path, content.getvalue())
+    return path
+
+
+def _patient(path: Path) -> str:
+    ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID", "StudyInstanceUID"])
+    return str(ds.get("PatientID") or ds.get("StudyInstanceUID") or path)
+
+
+def _complaint(said: str) -> str:
+    """The child's own words: its last line, which is JSON where it knows what is wrong."""
+    last = said.strip().splitlines()[-1] if said.strip() else "it said nothing"
+    try:
+        return msgspec.json.decode(last, type=_ChildError).error[:300]
+    except msgspec.DecodeError:
+        return last[:300]
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    if child.poll() is None:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_S)
+    if child.poll() is None:
+        child.kill()
+        child.wait()

@@ -1,0 +1,130 @@
+"""The learning thread: new verdicts become examples, rounds in state `training` become sealed updates.
+
+Reads reviews and rounds; writes examples, updates/ in data_dir and the round's next state.
+Never talks to the hub: the hand-over to the link is the row.
+Source: ARCHITECTURE.md, "Five paths": a correction becomes knowledge.
+"""
+
+import logging
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event as StopEvent
+
+from edge_agent import bundles, database, learn, ledger, policy, update
+from edge_agent.bundles import ActiveBundle
+from edge_agent.config import Config
+from edge_agent.files import write_durably
+from edge_agent.ledger import Outcome, Round
+from edge_agent.rounds import Event, State
+from fleet_link import chunks, pki
+from fleet_link.errors import LinkError, SiteError
+from fleet_link.messages import TransferOffer
+from fleet_link.part_file import file_sha256
+from models.bundle import read_bundle
+from models.errors import BundleError
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+class Learner:
+    def __init__(
+        self, config: Config, holder: ActiveBundle, identity: pki.Identity | None, clock: Callable[[], float]
+    ) -> None:
+        """`identity` is None on a box that is not enrolled: it collects examples and has no rounds."""
+        self._config = config
+        self._holder = holder
+        self._identity = identity
+        self._clock = clock
+        self._data_dir = config.box.data_dir
+        self._collected_up_to = 0
+
+    def run(self, stop: StopEvent) -> None:
+        db = database.connect(self._data_dir)
+        self.repair(db)
+        while not stop.is_set():
+            self.step(db, stop)
+            stop.wait(POLL_S)
+        db.close()
+
+    def repair(self, db: sqlite3.Connection) -> None:
+        """What a killed box left: half-trained folders and sealed files without a row. `training` is simply run again."""
+        shutil.rmtree(self._data_dir / "learning", ignore_errors=True)
+        ledger.remove_stray_updates(db, self._data_dir)
+
+    def step(self, db: sqlite3.Connection, stop: StopEvent) -> None:
+        self._collect(db)
+        if self._identity is None or policy.minutes_to_open(
+            self._config.policy.hours, policy.local_minute(self._clock())
+        ):
+            return
+        for open_round in reversed(ledger.in_states(db, State.TRAINING)):
+            if not stop.is_set():
+                self._work_on(db, open_round, self._identity, stop)
+
+    def _collect(self, db: sqlite3.Connection) -> None:
+        newest = int(db.execute("SELECT COALESCE(MAX(review_no), 0) FROM reviews").fetchone()[0])
+        if newest > self._collected_up_to:
+            manifest = self._holder.current.reader.bundle.manifest
+            learn.collect(db, self._data_dir, manifest, self._config.learning.heldout_fraction)
+            self._collected_up_to = newest
+
+    def _work_on(self, db: sqlite3.Connection, of: Round, identity: pki.Identity, stop: StopEvent) -> None:
+        def stopped() -> bool:
+            now = ledger.find(db, of.round_id)
+            return stop.is_set() or now is None or now.state is not State.TRAINING
+
+        folder = self._data_dir / "learning" / of.round_id
+        try:
+            outcome = self._train_and_seal(db, of, identity, folder, stopped)
+        except learn.TrainingStoppedError:
+            log.info("round %s: training stopped", of.round_id)
+            return
+        except (SiteError, LinkError, BundleError) as error:
+            log.warning("round %s: %s", of.round_id, error)
+            ledger.apply(db, self._data_dir, of.round_id, Event.FAILED, self._clock(), Outcome(reason=str(error)))
+            return
+        ledger.apply(db, self._data_dir, of.round_id, Event.SEALED, self._clock(), outcome)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _train_and_seal(
+        self,
+        db: sqlite3.Connection,
+        of: Round,
+        identity: pki.Identity,
+        folder: Path,
+        stopped: Callable[[], bool],
+    ) -> Outcome:
+        settings = self._config
+        base_path = bundles.base_file(db, self._data_dir, of.plan.base_digest)
+        if base_path is None:
+            raise SiteError("the round's base bundle is no longer on this box")
+        base = read_bundle(base_path)
+        examples = learn.lay_out(db, self._data_dir, base, settings.policy.tasks, folder)
+        needed = max(settings.policy.min_examples, of.plan.min_examples)
+        if examples < needed:
+            raise SiteError(f"{examples} reviewed examples can be used with the base bundle, needs {needed}")
+        log.info("round %s: training on %d examples", of.round_id, examples)
+        trained = learn.train(of.plan, base, folder, settings.learning, stopped)
+        sealed = update.build(base.weights, trained.weights, of.plan, identity, examples)
+        log.info(
+            "round %s: trained in %.1f s, held-out %d -> %d of %d, delta norm %.3g",
+            of.round_id,
+            trained.report.seconds,
+            trained.report.heldout_correct_before,
+            trained.report.heldout_correct_after,
+            trained.report.heldout,
+            sealed.norm_before_clip,
+        )
+        path = f"updates/{of.round_id}.sealed"
+        write_durably(self._data_dir / path, sealed.sealed)
+        return Outcome(examples=examples, update_path=path, update=offer_of(self._data_dir / path, of, identity.name))
+
+
+def offer_of(path: Path, of: Round, device: str) -> TransferOffer:
+    sha256 = file_sha256(path)
+    transfer_id = chunks.transfer_id(kind="update", subject=of.round_id, sha256=sha256, sender=device)
+    return chunks.new_offer(path, kind="update", subject=of.round_id, transfer_id=transfer_id, message_id=transfer_id)

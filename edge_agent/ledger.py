@@ -1,0 +1,174 @@
+"""Rounds, durable messages and outgoing transfers as rows: what link, learner and installer hand to one another.
+
+Reads and writes the tables rounds, link_outbox and transfers_out; rounds.py decides, this file stores.
+Never talks to the hub and never trains.
+Source: ARCHITECTURE.md, "The house": every hand-over inside the box is a row on disk.
+"""
+
+import hashlib
+import logging
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edge_agent import rounds
+from edge_agent.database import transaction
+from edge_agent.rounds import Command, Event, State
+from fleet_link import messages
+from fleet_link.messages import AnyMessage, RoundAnswer, RoundPlan, TransferOffer
+
+log = logging.getLogger(__name__)
+
+MAX_REASON_CHARACTERS = 480  # the wire's Text has 500
+OPEN_STATES = tuple(state for state in State if state is not State.CLOSED)
+
+
+@dataclass(frozen=True)
+class Round:
+    round_id: str
+    state: State
+    plan: RoundPlan
+    examples: int
+    update_path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came with an event; empty fields leave the row as it is."""
+
+    examples: int | None = None
+    reason: str | None = None
+    update: TransferOffer | None = None
+    update_path: str | None = None  # relative to data_dir
+
+
+def message_id(*parts: object) -> str:
+    """The same fact has the same id, so that saying it twice is saying it once."""
+    return hashlib.sha256("|".join(str(part) for part in parts).encode()).hexdigest()[:32]
+
+
+def invite(db: sqlite3.Connection, plan: RoundPlan, now: float) -> Round:
+    """Keep the plan. The first plan of a round counts; a later one of the same id changes nothing."""
+    new = db.execute(
+        "INSERT OR IGNORE INTO rounds(round_id, state, plan, changed_at) VALUES (?, ?, ?, ?)",
+        (plan.round_id, State.INVITED, messages.encode(plan), now),
+    )
+    if new.rowcount:
+        log.info("round %s: invited", plan.round_id)
+    found = find(db, plan.round_id)
+    assert found is not None
+    return found
+
+
+def find(db: sqlite3.Connection, round_id: str) -> Round | None:
+    row = db.execute("SELECT * FROM rounds WHERE round_id = ?", (round_id,)).fetchone()
+    return _round(row) if row else None
+
+
+def in_states(db: sqlite3.Connection, *states: State) -> list[Round]:
+    """Newest first."""
+    marks = ",".join("?" * len(states))
+    rows = db.execute(f"SELECT * FROM rounds WHERE state IN ({marks}) ORDER BY rowid DESC", states)  # noqa: S608
+    return [_round(row) for row in rows]
+
+
+def apply(
+    db: sqlite3.Connection, data_dir: Path, round_id: str, event: Event, now: float, outcome: Outcome = Outcome()
+) -> State | None:
+    """Take one event into the round's row, with its commands, in one transaction. None: no such round."""
+    with transaction(db):
+        before = find(db, round_id)
+        if before is None:
+            return None
+        state, commands = rounds.advance(before.state, event)
+        if state is before.state and not commands:
+            return state
+        after = _store(db, before, state, outcome, now)
+        for command in commands:
+            _carry_out(db, command, after, outcome, now)
+    if Command.DROP_UPDATE in commands and before.update_path:
+        (data_dir / before.update_path).unlink(missing_ok=True)
+    if state is not before.state:
+        log.info("round %s: %s -> %s%s", round_id, before.state, state, f" ({after.reason})" if after.reason else "")
+    return state
+
+
+def enqueue(db: sqlite3.Connection, message: AnyMessage, now: float) -> None:
+    """Put a durable message into the outbox; it stays until the hub's Receipt."""
+    db.execute(
+        "INSERT OR IGNORE INTO link_outbox VALUES (?, ?, ?)", (message.message_id, messages.encode(message), now)
+    )
+
+
+def pending(db: sqlite3.Connection) -> list[AnyMessage]:
+    """Oldest first."""
+    rows = db.execute("SELECT body FROM link_outbox ORDER BY rowid")
+    return [messages.decode(row["body"]) for row in rows]
+
+
+def received(db: sqlite3.Connection, of: str) -> bool:
+    """The hub has this message on its disk. True if it was waiting."""
+    return db.execute("DELETE FROM link_outbox WHERE message_id = ?", (of,)).rowcount > 0
+
+
+def remove_stray_updates(db: sqlite3.Connection, data_dir: Path) -> None:
+    """At start: a sealed file that no open round points to (killed between file and row) goes."""
+    kept = {data_dir / known.update_path for known in in_states(db, *OPEN_STATES) if known.update_path}
+    for path in (data_dir / "updates").glob("*"):
+        if path not in kept:
+            path.unlink()
+
+
+def _store(db: sqlite3.Connection, before: Round, state: State, outcome: Outcome, now: float) -> Round:
+    after = Round(
+        round_id=before.round_id,
+        state=state,
+        plan=before.plan,
+        examples=before.examples if outcome.examples is None else outcome.examples,
+        update_path=before.update_path if outcome.update_path is None else outcome.update_path,
+        reason=before.reason if outcome.reason is None else outcome.reason[:MAX_REASON_CHARACTERS],
+    )
+    db.execute(
+        "UPDATE rounds SET state = ?, examples = ?, update_path = ?, reason = ?, changed_at = ? WHERE round_id = ?",
+        (after.state, after.examples, after.update_path, after.reason, now, after.round_id),
+    )
+    return after
+
+
+def _carry_out(db: sqlite3.Connection, command: Command, of: Round, outcome: Outcome, now: float) -> None:
+    if command in (Command.SAY_YES, Command.SAY_NO):
+        _answer(db, of, command is Command.SAY_YES, now)
+    elif command is Command.OFFER_UPDATE and outcome.update is not None:
+        offer, path = outcome.update, of.update_path
+        db.execute(
+            "INSERT OR REPLACE INTO transfers_out VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (offer.transfer_id, offer.kind, offer.subject, path, offer.sha256, offer.size, now),
+        )
+    elif command is Command.DROP_TRANSFER:
+        db.execute("DELETE FROM transfers_out WHERE kind = 'update' AND subject = ?", (of.round_id,))
+
+
+def _answer(db: sqlite3.Connection, of: Round, joins: bool, now: float) -> None:
+    """The newest answer of a round replaces one that still waits, so that the hub never reads them out of order."""
+    for waiting in pending(db):
+        if isinstance(waiting, RoundAnswer) and waiting.round_id == of.round_id:
+            received(db, waiting.message_id)
+    reason = "" if joins else of.reason
+    answer = RoundAnswer(
+        message_id=message_id("answer", of.round_id, joins, of.examples, reason),
+        round_id=of.round_id,
+        joins=joins,
+        examples=of.examples,
+        reason=reason,
+    )
+    enqueue(db, answer, now)
+
+
+def _round(row: sqlite3.Row) -> Round:
+    plan = messages.decode(row["plan"])
+    if not isinstance(plan, RoundPlan):
+        raise msgspec.ValidationError(f"round {row['round_id']} holds no plan")
+    return Round(row["round_id"], State(row["state"]), plan, row["examples"], row["update_path"], row["reason"])

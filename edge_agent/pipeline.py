@@ -1,0 +1,136 @@
+"""A study becomes a diagnosis: the box's main path from a complete series to report files in the outbox.
+
+Reads catalog rows and instance files; writes findings, report files and outbox rows.
+Never talks to a scanner, the PACS or the hub: each hand-over is a row, and every step may run twice.
+Source: ARCHITECTURE.md, "Five paths".
+"""
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+from edge_agent import catalog, database, decode, delivery, findings, instances, report
+from edge_agent.bundles import Active, ActiveBundle
+from edge_agent.catalog import SeriesRow
+from edge_agent.config import Config
+from edge_agent.decode import Decoded
+from edge_agent.findings import Findings
+from edge_agent.infer import NotForUsError
+from fleet_link.errors import SiteError
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.05  # between two looks at the catalog; a tenth of what a series takes
+RETRY_S = 5.0  # after the disk refused: the series stays due
+
+
+class Pipeline:
+    """Owned by one thread. Reads one series at a time, in the order in which they became complete."""
+
+    def __init__(self, config: Config, holder: ActiveBundle, clock: Callable[[], float]) -> None:
+        self._config = config
+        self._holder = holder
+        self._clock = clock
+        self._data_dir = config.box.data_dir
+
+    def run(self, stop: Event) -> None:
+        db = database.connect(self._data_dir)
+        for folder in ("maps", "reports"):
+            (self._data_dir / folder).mkdir(exist_ok=True, mode=0o700)
+        self.report_unreported(db)
+        while not stop.is_set():
+            try:
+                idle_s = 0.0 if self.step(db) else IDLE_S
+            except SiteError as error:
+                log.error("a result cannot be kept, trying again: %s (%s)", error, error.advice)
+                idle_s = RETRY_S
+            stop.wait(idle_s)
+        db.close()
+
+    def step(self, db: sqlite3.Connection) -> bool:
+        """Take one series all the way. False when none is due.
+
+        Raises SiteError when this box cannot keep what it found; the series stays where it was.
+        """
+        series = catalog.next_due(db, self._clock(), quiet_time_s=self._config.dicom.quiet_time_s)
+        if series is None:
+            return False
+        try:
+            decoded = decode.to_volume(instances.open(db, self._data_dir, series.series_no))
+            active = self._holder.current
+            found = active.reader.read(decoded.volume)
+        except NotForUsError as error:
+            catalog.mark_not_for_us(db, series.series_no, str(error))
+        except SiteError as error:
+            catalog.mark_failed(db, series.series_no, str(error))
+        else:
+            result_no = keep_result(db, self._data_dir, series, found, active)
+            self._report(db, result_no, series.series_no, series.version + 1, found, decoded)
+        return True
+
+    def report_unreported(self, db: sqlite3.Connection) -> None:
+        """At start: series whose findings are kept and whose report is not (killed between the two)."""
+        rows = db.execute(
+            "SELECT r.* FROM series s JOIN results r ON r.series_no = s.series_no AND r.version = s.version WHERE s.state = ?",
+            (catalog.State.READ,),
+        ).fetchall()
+        for row in rows:
+            found = findings.restore(row["findings"], self._data_dir / row["maps_path"])
+            try:
+                decoded = decode.to_volume(instances.open(db, self._data_dir, row["series_no"]))
+            except SiteError as error:
+                catalog.mark_failed(db, row["series_no"], str(error))
+                continue
+            self._report(db, row["result_no"], row["series_no"], row["version"], found, decoded)
+
+    def _report(
+        self, db: sqlite3.Connection, result_no: int, series_no: int, version: int, found: Findings, decoded: Decoded
+    ) -> None:
+        """Files first, then their outbox rows and the series' state in one transaction."""
+        try:
+            files = report.write(
+                found,
+                decoded,
+                self._data_dir / "reports",
+                series_no=series_no,
+                version=version,
+                institution=self._config.box.site,
+            )
+        except SiteError as error:
+            catalog.mark_failed(db, series_no, str(error))
+            return
+        with database.transaction(db):
+            if self._config.pacs.enabled:
+                delivery.enqueue(db, result_no, files, self._data_dir, self._clock())
+            catalog.mark_reported(db, series_no)
+
+
+def keep_result(db: sqlite3.Connection, data_dir: Path, series: SeriesRow, found: Findings, by: Active) -> int:
+    """The arrays first, then the row with the series' state in one transaction. Gives result_no."""
+    maps_path = f"maps/{series.series_no}-{series.version + 1}.npz"
+    findings.write_maps(found, data_dir / maps_path)
+    with database.transaction(db):
+        version = catalog.mark_read(db, series)
+        result_no = db.execute(
+            """
+            INSERT INTO results (series_no, version, bundle_digest, release_version, provider, findings, maps_path,
+                                 abstained, last_instance_at, read_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """,
+            (
+                series.series_no,
+                version,
+                found.bundle_digest,
+                by.release_version,
+                found.provider,
+                findings.to_json(found),
+                maps_path,
+                found.abstained,
+                series.last_instance_at,
+                found.read_at,
+            ),
+        ).lastrowid
+    log.info("series %d: version %d read%s", series.series_no, version, ", abstained" if found.abstained else "")
+    assert result_no is not None  # an INSERT has one
+    return result_no

@@ -1,0 +1,62 @@
+"""Site policy: may this box join that round, and may it train now.
+
+Reads the plan, the site's [policy] section and facts gathered by the caller.
+Never yields to the hub: a reason given here is final for the round and is told to the hub.
+Source: ARCHITECTURE.md, "The link": "The site decides".
+"""
+
+import time
+from dataclasses import dataclass
+
+from edge_agent.config import Policy
+from fleet_link.messages import RoundPlan
+
+MINUTES_A_DAY = 24 * 60
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the box knows at the moment of the decision."""
+
+    base_here: bool  # the plan's base bundle is on this disk
+    train_examples: int  # reviewed series this policy lets it learn from
+    local_minute: int  # minutes since local midnight
+
+
+def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
+    """Gives "" when the box may join, else the reason that the hub and the site will read."""
+    if not policy.learn:
+        return "this site's policy does not learn (policy.learn = false)"
+    if plan.kind == "masked":
+        return "this software version knows no masked rounds"
+    if plan.kind == "unsafe_open" and not policy.allow_unsafe_open_rounds:
+        return "this site allows no rounds in which the hub reads its update (policy.allow_unsafe_open_rounds = false)"
+    if now >= plan.deadline_unix_s:
+        return "the round's deadline has passed"
+    if now + minutes_to_open(policy.hours, facts.local_minute) * 60 >= plan.deadline_unix_s:
+        return f"the round ends before this site's learning hours begin (policy.hours = {policy.hours})"
+    if not facts.base_here:
+        return "the round's base bundle is not on this box"
+    needed = max(policy.min_examples, plan.min_examples)
+    if facts.train_examples < needed:
+        return f"{facts.train_examples} reviewed examples for {', '.join(policy.tasks) or 'no task'}, needs {needed}"
+    return ""
+
+
+def minutes_to_open(hours: str, local_minute: int) -> int:
+    """0 while training may start; else minutes until it may. Equal ends mean the whole day."""
+    begin, end = (_minute(part) for part in hours.split("-"))
+    open_for = (end - begin) % MINUTES_A_DAY or MINUTES_A_DAY
+    since_begin = (local_minute - begin) % MINUTES_A_DAY
+    return 0 if since_begin < open_for else MINUTES_A_DAY - since_begin
+
+
+def local_minute(now: float) -> int:
+    """Minutes since midnight on this site's clock."""
+    local = time.localtime(now)
+    return local.tm_hour * 60 + local.tm_min
+
+
+def _minute(clock: str) -> int:
+    hour, minute = clock.split(":")
+    return int(hour) * 60 + int(minute)

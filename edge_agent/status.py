@@ -1,0 +1,98 @@
+"""`edge-agent status`: what the box is doing and what waits for somebody, from its database.
+
+Reads box.db and the run lock; the daemon need not run.
+Never shows patient data: our own series numbers, counts and reasons only.
+"""
+
+import fcntl
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent import database, health, identity
+from edge_agent.config import Config
+from fleet_link.errors import SiteError
+
+LOCK = "run.lock"
+SHOWN = 20  # newest rows of each list
+
+
+@dataclass(frozen=True)
+class Status:
+    """Everything `status` prints; --json gives the same."""
+
+    running: bool
+    device: str  # "" before enrolment
+    hub_connected: bool
+    bundle: dict[str, Any]
+    series: dict[str, int]  # number by state
+    counts: dict[str, int]
+    quarantine: list[dict[str, Any]]
+    failed: list[dict[str, Any]]
+    pacs: list[dict[str, Any]]  # results that the PACS has not taken yet
+    rounds: list[dict[str, Any]]
+    refused_bundles: list[dict[str, Any]]
+    disk_free_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def run_lock(data_dir: Path) -> Iterator[None]:
+    """Held while the daemon runs. Raises SiteError when another one holds it."""
+    with (data_dir / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SiteError(
+                f"another edge-agent runs on {data_dir}", advice="stop it first, or use its status"
+            ) from error
+        yield
+
+
+def is_running(data_dir: Path) -> bool:
+    try:
+        with run_lock(data_dir):
+            return False
+    except SiteError:
+        return True
+
+
+def gather(config: Config) -> Status:
+    """Raises SiteError when the box has no data yet."""
+    data_dir = config.box.data_dir
+    if not data_dir.is_dir():
+        raise SiteError(f"{data_dir} does not exist", advice="run `edge-agent init`, then `edge-agent run`")
+    db = database.connect(data_dir)
+    try:
+        running = is_running(data_dir)
+        return Status(
+            running=running,
+            device=identity.load(data_dir).address.device if identity.is_enrolled(data_dir) else "",
+            hub_connected=running and bool(database.counter(db, "hub_connected")),
+            bundle=next(iter(_rows(db, "SELECT * FROM bundles WHERE state = 'active'")), {}),
+            series={
+                row["state"]: row["n"] for row in _rows(db, "SELECT state, count(*) AS n FROM series GROUP BY state")
+            },
+            counts=asdict(health.count(db)),
+            quarantine=_newest(db, "quarantine", "quarantine_no, size, reason, calling_ae, received_at, path"),
+            failed=_newest(db, "series", "series_no, Modality, state, reason", "state IN ('failed', 'not-for-us')"),
+            pacs=_newest(db, "outbox", "item_no, kind, state, attempts, last_error", "state <> 'delivered'"),
+            rounds=_newest(db, "rounds", "round_id, state, examples, reason, changed_at"),
+            refused_bundles=_newest(db, "bundles", "bundle_digest, release_version, reason", "state = 'refused'"),
+            disk_free_bytes=health.free_bytes(data_dir),
+        )
+    finally:
+        db.close()
+
+
+def _newest(db: sqlite3.Connection, table: str, columns: str, where: str = "1") -> list[dict[str, Any]]:
+    return _rows(db, f"SELECT {columns} FROM {table} WHERE {where} ORDER BY rowid DESC LIMIT {SHOWN}")  # noqa: S608
+
+
+def _rows(db: sqlite3.Connection, sql: str) -> list[dict[str, Any]]:
+    return [dict(row) for row in db.execute(sql)]

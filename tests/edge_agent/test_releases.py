@@ -1,0 +1,346 @@
+"""Releases: what TUF does not vouch for, what is damaged, what is worse here; and the swap."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent import bundles, ledger, releases
+from edge_agent.releases import Evaluation, Installer
+from fleet_link.errors import LinkError, SiteError, TrustError
+from fleet_link.messages import ReleaseReport
+from tests.edge_agent.link_support import Box, Releases, make_box, write_brightness_bundle
+from tests.fleet_link.mosquitto_support import TestAuthority
+
+AUTHORITY = TestAuthority()
+GO_ON = threading.Event()
+
+
+@pytest.fixture
+def hub() -> Releases:
+    return Releases()
+
+
+@pytest.fixture
+def box(tmp_path: Path, hub: Releases) -> Iterator[Box]:
+    made = make_box(tmp_path, AUTHORITY)
+    hub.trusted_by(made.enrolled.folder)
+    yield made
+    made.db.close()
+
+
+@pytest.fixture
+def candidate(tmp_path: Path) -> Path:
+    path = tmp_path / "candidate.bundle"
+    write_brightness_bundle(path, slope=20.0, version="2")
+    return path
+
+
+@pytest.fixture
+def worse(tmp_path: Path) -> Path:
+    path = tmp_path / "worse.bundle"
+    write_brightness_bundle(path, slope=-10.0, version="3")
+    return path
+
+
+def take(box: Box, offer: object) -> object:
+    return releases.take_offer(box.db, box.enrolled.folder, offer, time.time())  # type: ignore[arg-type]
+
+
+def fetch(box: Box, bundle: Path, digest: str) -> None:
+    (box.data_dir / bundles.path_of(digest)).write_bytes(bundle.read_bytes())
+    releases.arrived(box.db, digest, time.time())
+
+
+def install(box: Box) -> None:
+    Installer(box.config, box.holder, time.time).step(box.db, GO_ON)
+
+
+def bundle_rows(box: Box) -> dict[str, tuple[str, int]]:
+    return {row["bundle_digest"]: (row["state"], row["release_version"]) for row in box.rows("bundles")}
+
+
+def reports(box: Box) -> list[ReleaseReport]:
+    return [message for message in ledger.pending(box.db) if isinstance(message, ReleaseReport)]
+
+
+def add_heldout(box: Box, count: int) -> None:
+    for number in range(count):
+        bright = number % 2 == 0
+        series_no = box.add_reviewed(f"h{number}", bright=bright, label="nodule" if bright else "normal")
+        box.db.execute("INSERT INTO examples VALUES (?, ?, 'XR', ?, 'heldout', 'x')", (series_no, series_no, "nodule" if bright else "normal"))
+
+
+# --- offers ---------------------------------------------------------------------------------------
+
+
+def test_a_signed_offer_is_asked_for(box: Box, hub: Releases, candidate: Path) -> None:
+    offer = hub.offer(candidate, 2)
+    request = take(box, offer)
+    assert request is not None
+    assert bundle_rows(box)[offer.bundle_digest] == ("offered", 2)
+    assert take(box, offer) is not None  # the request was lost
+    assert reports(box) == []
+
+
+def test_metadata_signed_by_somebody_else_is_refused(box: Box, candidate: Path) -> None:
+    offer = Releases().offer(candidate, 2)
+    with pytest.raises(TrustError, match="release 2 refused"):
+        take(box, offer)
+    assert offer.bundle_digest not in bundle_rows(box)
+    assert [report.outcome for report in reports(box)] == ["refused"]
+
+
+@pytest.mark.parametrize("part", ["timestamp", "snapshot", "targets"])
+def test_changed_metadata_is_refused(box: Box, hub: Releases, candidate: Path, part: str) -> None:
+    offer = hub.offer(candidate, 2)
+    changed = getattr(offer, part).replace(b'"version"', b'"vers1on"', 1)
+    assert changed != getattr(offer, part)
+    with pytest.raises(TrustError):
+        take(box, msgspec.structs.replace(offer, **{part: changed}))
+
+
+@pytest.mark.parametrize("part", ["timestamp", "snapshot", "targets"])
+def test_metadata_that_is_none_is_refused(box: Box, hub: Releases, candidate: Path, part: str) -> None:
+    offer = msgspec.structs.replace(hub.offer(candidate, 2), **{part: b"\x00 no metadata"})
+    with pytest.raises(TrustError):
+        take(box, offer)
+
+
+def test_a_root_that_is_none_is_refused(box: Box, hub: Releases, candidate: Path) -> None:
+    with pytest.raises(TrustError):
+        take(box, msgspec.structs.replace(hub.offer(candidate, 2), roots=(b"{}",)))
+
+
+def test_an_older_state_is_refused(box: Box, hub: Releases, candidate: Path, worse: Path) -> None:
+    old = hub.offer(candidate, 2)
+    take(box, hub.offer(worse, 3))
+    with pytest.raises(TrustError):
+        take(box, old)
+
+
+@pytest.mark.parametrize("lie", [{"bundle_digest": "f" * 64}, {"bundle_size": 5}, {"release_version": 9}])
+def test_an_offer_that_differs_from_its_metadata_is_refused(
+    box: Box, hub: Releases, candidate: Path, lie: dict[str, object]
+) -> None:
+    with pytest.raises(TrustError, match="does not name"):
+        take(box, msgspec.structs.replace(hub.offer(candidate, 2), **lie))  # type: ignore[arg-type]
+
+
+def test_stale_metadata_is_tried_again_later(box: Box, hub: Releases, candidate: Path) -> None:
+    with pytest.raises(LinkError, match="out of date"):
+        take(box, hub.offer(candidate, 2, days=-1.0))
+    assert reports(box) == []
+    assert take(box, hub.offer(candidate, 2)) is not None
+
+
+def test_an_offer_of_what_runs_already_is_only_reported(box: Box, hub: Releases) -> None:
+    offer = hub.offer(box.shipped, 1)
+    assert take(box, offer) is None
+    assert take(box, offer) is None
+    assert [(r.outcome, r.release_version) for r in reports(box)] == [("activated", 1)]
+
+
+def test_a_refused_bundle_is_refused_again_with_its_reason(box: Box, hub: Releases, worse: Path) -> None:
+    add_heldout(box, 6)
+    offer = hub.offer(worse, 3)
+    take(box, offer)
+    fetch(box, worse, offer.bundle_digest)
+    install(box)
+    ledger.received(box.db, reports(box)[0].message_id)
+    assert take(box, offer) is None
+    assert "clearly worse" in reports(box)[0].reason
+
+
+def test_the_bundle_before_needs_no_transfer(box: Box, hub: Releases, candidate: Path) -> None:
+    first = box.holder.current.digest
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    install(box)
+    assert take(box, hub.offer(box.shipped, 3)) is None
+    install(box)
+    assert (box.holder.current.digest, box.holder.current.release_version) == (first, 3)
+
+
+# --- installing -----------------------------------------------------------------------------------
+
+
+def test_a_better_bundle_is_taken_into_use(box: Box, hub: Releases, candidate: Path) -> None:
+    add_heldout(box, 4)
+    before = box.holder.current
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    install(box)
+    assert bundle_rows(box) == {before.digest: ("previous", 0), offer.bundle_digest: ("active", 2)}
+    assert box.holder.current.digest == box.holder.current.reader.bundle.digest == offer.bundle_digest
+    (report,) = reports(box)
+    assert (report.outcome, report.heldout) == ("activated", 4)
+    assert (report.heldout_correct_before, report.heldout_correct_after) == (4, 4)
+
+
+def test_a_worse_bundle_is_refused_and_nothing_changes(box: Box, hub: Releases, worse: Path) -> None:
+    add_heldout(box, 6)
+    before = box.holder.current
+    offer = hub.offer(worse, 3)
+    take(box, offer)
+    fetch(box, worse, offer.bundle_digest)
+    install(box)
+    assert box.holder.current is before
+    assert bundle_rows(box)[before.digest] == ("active", 0)
+    (report,) = reports(box)
+    assert report.outcome == "refused"
+    assert report.reason == "clearly worse on this site's held-out cases: 6 of 6 right before, 0 after"
+    assert (report.heldout_correct_before, report.heldout_correct_after) == (6, 0)
+    assert not (box.data_dir / bundles.path_of(offer.bundle_digest)).exists()
+
+
+def test_a_damaged_file_is_refused(box: Box, hub: Releases, candidate: Path) -> None:
+    before = box.holder.current
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    (box.data_dir / bundles.path_of(offer.bundle_digest)).write_bytes(candidate.read_bytes()[:-1] + b"x")
+    install(box)
+    assert box.holder.current is before
+    assert [report.outcome for report in reports(box)] == ["refused"]
+
+
+def test_another_valid_bundle_under_the_name_is_refused(box: Box, hub: Releases, candidate: Path, worse: Path) -> None:
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, worse, offer.bundle_digest)
+    install(box)
+    assert "another digest" in reports(box)[0].reason
+
+
+def test_a_bundle_with_a_wrong_known_answer_is_refused(box: Box, hub: Releases, tmp_path: Path) -> None:
+    from models import bundle as bundle_file
+
+    honest = bundle_file.read_bundle(box.shipped)
+    liar = tmp_path / "liar.bundle"
+    outputs = {name: value + 1 for name, value in honest.known_outputs.items()}
+    bundle_file.write_bundle(
+        liar,
+        bundle_file.BundleParts(honest.manifest, honest.onnx, honest.weights, honest.known_inputs, outputs, "liar"),
+    )
+    offer = hub.offer(liar, 2)
+    take(box, offer)
+    fetch(box, liar, offer.bundle_digest)
+    install(box)
+    assert "known-answer" in reports(box)[0].reason
+
+
+def test_a_stop_in_the_middle_leaves_the_work_for_the_next_start(box: Box, hub: Releases, candidate: Path) -> None:
+    add_heldout(box, 2)
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    stopped = threading.Event()
+    stopped.set()
+    Installer(box.config, box.holder, time.time).step(box.db, stopped)
+    assert bundle_rows(box)[offer.bundle_digest] == ("fetched", 2)
+    install(box)
+    assert box.holder.current.release_version == 2
+
+
+def test_a_heldout_case_that_cannot_be_read_does_not_count(box: Box, hub: Releases, candidate: Path) -> None:
+    add_heldout(box, 3)
+    (box.data_dir / "h1.dcm").write_bytes(b"gone")
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    install(box)
+    assert reports(box)[0].heldout == 2
+
+
+@pytest.mark.parametrize(
+    ("heldout", "before", "after", "worse"),
+    [(0, 0, 0, False), (10, 10, 9, False), (10, 10, 8, True), (40, 40, 38, False), (40, 40, 37, True), (9, 3, 9, False)],
+)
+def test_clearly_worse_is_more_than_one_case_and_five_points(heldout: int, before: int, after: int, worse: bool) -> None:
+    assert Evaluation(heldout, before, after).is_clearly_worse is worse
+
+
+# --- start-up -------------------------------------------------------------------------------------
+
+
+def activate_second(box: Box, hub: Releases, candidate: Path) -> str:
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    install(box)
+    ledger.received(box.db, reports(box)[0].message_id)
+    return offer.bundle_digest
+
+
+def test_the_active_bundle_survives_a_restart(box: Box, hub: Releases, candidate: Path) -> None:
+    digest = activate_second(box, hub, candidate)
+    loaded = bundles.load_active(box.db, box.config, time.time()).current
+    assert (loaded.digest, loaded.release_version) == (digest, 2)
+
+
+def test_a_damaged_active_bundle_rolls_back_and_says_so(
+    box: Box, hub: Releases, candidate: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first = box.holder.current.digest
+    digest = activate_second(box, hub, candidate)
+    (box.data_dir / bundles.path_of(digest)).write_bytes(b"damaged")
+    loaded = bundles.load_active(box.db, box.config, time.time()).current
+    assert (loaded.digest, loaded.release_version) == (first, 0)
+    assert [report.outcome for report in reports(box)] == ["rolled-back"]
+    assert bundle_rows(box)[digest][0] == "refused"
+    assert "rolled back" in caplog.text
+
+
+def test_with_both_files_gone_the_shipped_bundle_reads(box: Box, hub: Releases, candidate: Path) -> None:
+    first = box.holder.current.digest
+    digest = activate_second(box, hub, candidate)
+    for name in (first, digest):
+        (box.data_dir / bundles.path_of(name)).unlink()
+    loaded = bundles.load_active(box.db, box.config, time.time()).current
+    assert (loaded.digest, loaded.release_version) == (first, 0)
+    assert bundle_rows(box)[first] == ("active", 0)
+
+
+def test_a_box_without_a_release_follows_its_software(box: Box, candidate: Path) -> None:
+    box.shipped.write_bytes(candidate.read_bytes())
+    loaded = bundles.load_active(box.db, box.config, time.time()).current
+    assert loaded.reader.bundle.manifest.version == "2"
+    assert sorted(state for state, _ in bundle_rows(box).values()) == ["active", "previous"]
+
+
+def test_no_usable_bundle_at_all_is_said(box: Box) -> None:
+    box.shipped.write_bytes(b"none")
+    (box.data_dir / bundles.path_of(box.holder.current.digest)).unlink()
+    with pytest.raises(SiteError, match=r"shipped\.bundle"):
+        bundles.load_active(box.db, box.config, time.time())
+
+
+def test_old_files_go_and_the_base_of_an_open_round_stays(box: Box, hub: Releases, tmp_path: Path) -> None:
+    from tests.edge_agent.link_support import make_plan
+
+    first = box.holder.current.digest
+    ledger.invite(box.db, make_plan(first, b"k" * 32), time.time())
+    digests = [first]
+    for version in (2, 3, 4):
+        path = tmp_path / f"{version}.bundle"
+        write_brightness_bundle(path, slope=10.0 + version, version=str(version))
+        digests.append(activate_second_version(box, hub, path, version))
+    files = {path.stem for path in (box.data_dir / "bundles").glob("*.bundle")}
+    assert files == {digests[0], digests[2], digests[3]}
+
+
+def activate_second_version(box: Box, hub: Releases, path: Path, version: int) -> str:
+    offer = hub.offer(path, version)
+    take(box, offer)
+    fetch(box, path, offer.bundle_digest)
+    install(box)
+    assert box.holder.current.release_version == version
+    return offer.bundle_digest

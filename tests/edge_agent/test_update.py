@@ -1,0 +1,76 @@
+"""Delta → clip → seal: what the hub opens is what was learned, and nonsense is not sealed."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent import update
+from fleet_link import sealing
+from fleet_link.errors import LinkError, SiteError, TrustError
+from models import delta
+from tests.edge_agent.link_support import make_plan
+from tests.fleet_link.mosquitto_support import TestAuthority
+
+BEFORE = {"head.weight": np.zeros(4, np.float32), "body.weight": np.zeros(2, np.float32), "ood_mean": np.ones(2, np.float32)}
+AFTER = {"head.weight": np.full(4, 2.0, np.float32), "body.weight": np.full(2, 1.0, np.float32), "ood_mean": np.ones(2, np.float32)}
+AUTHORITY = TestAuthority()
+BOX = AUTHORITY.issue("box-1")
+
+
+def opened(tmp_path: Path, **changes: object) -> tuple[update.Update, sealing.OpenedUpdate]:
+    key = sealing.new_sealing_key(tmp_path / "key")
+    plan = make_plan("a" * 64, sealing.public_bytes(key), **changes)
+    made = update.build(BEFORE, AFTER, plan, BOX, 5)
+    return made, sealing.open_update(
+        made.sealed, private_key=key, trust=AUTHORITY.trust, sender="box-1", plan=plan, now=time.time()
+    )
+
+
+def test_the_hub_opens_the_delta_of_what_was_trained(tmp_path: Path) -> None:
+    made, update_ = opened(tmp_path)
+    decoded = delta.decode(update_.payload, {"head.weight": (4,), "body.weight": (2,)})
+    assert update_.examples == 5
+    assert decoded["head.weight"] == pytest.approx([2.0] * 4)
+    assert decoded["body.weight"] == pytest.approx([1.0] * 2)
+    assert made.norm_before_clip == pytest.approx(np.sqrt(4 * 4 + 2))
+
+
+def test_the_delta_is_clipped(tmp_path: Path) -> None:
+    _, update_ = opened(tmp_path, clip_norm=0.5)
+    assert delta.norm(delta.decode(update_.payload, {"head.weight": (4,), "body.weight": (2,)})) == pytest.approx(0.5, rel=0.01)
+
+
+def test_heads_only_sends_heads_only(tmp_path: Path) -> None:
+    _, update_ = opened(tmp_path, trainable="heads")
+    assert list(delta.decode(update_.payload, {"head.weight": (4,)})) == ["head.weight"]
+
+
+def test_each_device_rounds_with_its_own_noise() -> None:
+    rng = np.random.default_rng(0)
+    after = {"head.weight": rng.normal(size=500).astype(np.float32)}
+    before = {"head.weight": np.zeros(500, np.float32)}
+    plan = make_plan("a" * 64, b"k")
+    decoded = [
+        delta.decode(delta.encode(after, update.rounding_seed(plan, device)), {"head.weight": (500,)})["head.weight"]
+        for device in ("box-1", "box-2", "box-1")
+    ]
+    assert (decoded[0] == decoded[2]).all()
+    assert (decoded[0] != decoded[1]).any()
+    assert before["head.weight"].sum() == 0.0
+
+
+def test_nan_is_not_sealed() -> None:
+    with pytest.raises(SiteError, match="not finite"):
+        update.build(BEFORE, AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}, make_plan("a" * 64, b"k"), BOX, 5)
+
+
+def test_a_missing_tensor_is_not_sealed() -> None:
+    with pytest.raises(SiteError, match=r"head\.weight"):
+        update.build(BEFORE, {"body.weight": AFTER["body.weight"]}, make_plan("a" * 64, b"k"), BOX, 5)
+
+
+def test_a_plan_with_a_bad_key_is_refused() -> None:
+    with pytest.raises((LinkError, TrustError)):
+        update.build(BEFORE, AFTER, make_plan("a" * 64, b"k" * 32), BOX, 5)
