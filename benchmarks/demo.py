@@ -134,13 +134,19 @@ def run(house: House, story: Story, options: argparse.Namespace) -> Outcome:
 
 def open_house(house: House, seed: int) -> tuple[list[Study], list[Study], list[Study]]:
     """Start every process; meanwhile make the studies: to teach, to examine before, and the same again for after."""
+    house.pacs.start()
     with ThreadPoolExecutor(4) as pool:
-        hub_ready = pool.submit(_start_hub, house)
-        house.pacs.start()
-        boxes = [house.add_box(place.name, place.site, BOX_SETTINGS) for place in PLACES]
+        adding = [pool.submit(house.add_box, place.name, place.site, BOX_SETTINGS) for place in PLACES]
+        house.hub.init()
+        house.hub.start()  # daemons start in this thread: they die with the thread that started them
+        house.boxes = boxes = [added.result() for added in adding]
         made = pool.submit(_make_studies, boxes, house.folder / "scanner", seed)
-        hub_ready.result()
-        list(pool.map(lambda box: _start_box(house, box), boxes))
+        house.hub.wait_ready()
+        for site in dict.fromkeys(place.site for place in PLACES):
+            house.hub.fleet("site", "add", site)
+        for box, enrolled in [(box, pool.submit(_enroll, house, box)) for box in boxes]:
+            enrolled.result()
+            box.start()
         for box in boxes:
             box.wait_ready()
         house.pacs.wait_ready()
@@ -195,19 +201,10 @@ def wait_for_release(house: House, release_version: int) -> None:
     wait_for(f"release {release_version} on every box", everywhere, timeout_s=120.0, every_s=0.2)
 
 
-def _start_hub(house: House) -> None:
-    house.hub.init()
-    house.hub.start()
-    house.hub.wait_ready()
-    for site in dict.fromkeys(place.site for place in PLACES):
-        house.hub.fleet("site", "add", site)
-
-
-def _start_box(house: House, box: Box) -> None:
+def _enroll(house: House, box: Box) -> None:
     added = house.hub.fleet("device", "add", box.name, "--site", box.site)
     box.enroll(added["token"])
     box.add_user(REVIEWER, PASSWORD)
-    box.start()
 
 
 def _make_studies(boxes: Sequence[Box], folder: Path, seed: int) -> tuple[list[Study], list[Study], list[Study]]:

@@ -181,11 +181,15 @@ class Box:
         self.daemon.start()
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        wait_for(f"answer from {self.name}", self._listening, timeout_s=timeout_s)
+        wait_for(f"answer from {self.name}", self._answers, timeout_s=timeout_s)
 
-    def _listening(self) -> bool:
-        self.daemon.must_run()
+    @property
+    def listening(self) -> bool:
         return _port_open(self.dicom_port) and _port_open(self.review_port)
+
+    def _answers(self) -> bool:
+        self.daemon.must_run()
+        return self.listening
 
     def query(self, sql: str, *values: object) -> list[dict[str, Any]]:
         """Rows of box.db, read beside the running daemon."""
@@ -241,11 +245,15 @@ class Hub:
         self.daemon.start()
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        wait_for("answer from the hub", self._listening, timeout_s=timeout_s)
+        wait_for("answer from the hub", self._answers, timeout_s=timeout_s)
 
-    def _listening(self) -> bool:
-        self.daemon.must_run()
+    @property
+    def listening(self) -> bool:
         return _port_open(self.https_port) and _port_open(self.mqtt_port)
+
+    def _answers(self) -> bool:
+        self.daemon.must_run()
+        return self.listening
 
     def fleet(self, *command: str) -> Any:
         """What `fleet … --json` prints, parsed."""

@@ -154,15 +154,15 @@ def next_due(db: sqlite3.Connection, now: float, *, quiet_time_s: float) -> Seri
     """The series that waits longest for being read, moved to DUE; the same one again until it is marked.
 
     Due at once when its association is over and the expected count is there, else after quiet_time_s without a new
-    instance.
+    instance. A last instance from the future is a clock that was set back: it is not waited for.
     """
     row = db.execute(
         """
         SELECT * FROM series WHERE state = 'due' OR (state = 'receiving' AND (
-            (association_ended = 1 AND instance_count >= expected_count) OR last_instance_at + ? <= ?))
+            (association_ended = 1 AND instance_count >= expected_count) OR ABS(? - last_instance_at) >= ?))
         ORDER BY last_instance_at LIMIT 1
         """,
-        (quiet_time_s, now),
+        (now, quiet_time_s),
     ).fetchone()
     if row is None:
         return None
@@ -247,7 +247,7 @@ def _reopen(db: sqlite3.Connection, row: sqlite3.Row, header: Header, now: float
     series_no = SeriesNo(row["series_no"])
     db.execute(
         """
-        UPDATE series SET instance_count = instance_count + 1, last_instance_at = MAX(last_instance_at, ?),
+        UPDATE series SET instance_count = instance_count + 1, last_instance_at = ?,
             association_ended = 0, expected_count = NULLIF(MAX(IFNULL(expected_count, 0), ?), 0) WHERE series_no = ?
         """,
         (now, header.expected_count or 0, series_no),

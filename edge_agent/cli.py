@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,9 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_agent import config as configuration
-from edge_agent import database, doctor, identity, setup, status, users
+from edge_agent import database, identity, setup, users
 from fleet_link.errors import WardroundError
 from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from edge_agent.status import Status
 
 DEFAULT_CONFIG = Path("edge-agent.toml")
 app = typer.Typer(
@@ -35,6 +38,8 @@ app.add_typer(user_app, name="user")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 out = Console(highlight=False)
+
+# Daemon, doctor and status load ONNX Runtime and pydicom, a second each: imported by the commands that need them.
 
 
 @app.command()
@@ -70,7 +75,7 @@ def enroll(
 @app.command()
 def run(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Receive, read, report and learn until stopped (SIGTERM or Ctrl-C)."""
-    from edge_agent import daemon  # what only the daemon needs is loaded only for it
+    from edge_agent import daemon
 
     daemon.run(configuration.load(config))
 
@@ -78,6 +83,8 @@ def run(config: ConfigOption = DEFAULT_CONFIG) -> None:
 @app.command("status")
 def show_status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """What the box is doing, and what waits for somebody."""
+    from edge_agent import status
+
     gathered = status.gather(configuration.load(config))
     if as_json:
         out.print_json(json.dumps(gathered.to_dict()))
@@ -88,6 +95,8 @@ def show_status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = Fal
 @app.command("doctor")
 def run_doctor(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """Check ports, disk, clock, certificates, GPU and providers, PACS and hub; say what to do. Exit code 1 on an error."""
+    from edge_agent import doctor
+
     checks = []
     for check in doctor.examine(configuration.load(config)):
         checks.append(check)
@@ -134,7 +143,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _print_status(gathered: status.Status) -> None:
+def _print_status(gathered: "Status") -> None:
     state = "[green]running[/green]" if gathered.running else "[yellow]not running[/yellow]"
     device = gathered.device or "not enrolled"
     link = "connected to the hub" if gathered.hub_connected else "no connection to the hub"

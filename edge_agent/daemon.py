@@ -13,7 +13,7 @@ from threading import Event, Thread
 
 import uvicorn
 
-from edge_agent import bundles, catalog, database, identity, review, status
+from edge_agent import bundles, catalog, database, decode, identity, review, status
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.delivery import Delivery
@@ -41,6 +41,7 @@ class Worker:
 def run(config: Config) -> None:
     """Until SIGTERM or SIGINT. Raises SiteError when the box cannot start."""
     notify.set_up_logging(config.box.log_level)
+    decode.hush_pydicom()
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -114,10 +115,12 @@ def serve_review(config: Config, stop: Event) -> None:
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(settings)
-    watcher = Thread(
-        target=lambda: (stop.wait(), setattr(server, "should_exit", True)), name="review-stop", daemon=True
-    )
-    watcher.start()
+
+    def end_with_us() -> None:
+        stop.wait()
+        server.should_exit = True
+
+    Thread(target=end_with_us, name="review-stop", daemon=True).start()
     server.run()
 
 

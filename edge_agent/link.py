@@ -36,10 +36,10 @@ from fleet_link.topics import HUB, Channel, Direction, Topic, device_subscriptio
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 0.5
+IDLE_S = 0.25
 BUSY_S = 0.02
 MAX_TAKEN = 64  # messages before anything else gets its turn
-HOUSEKEEPING_S = 1.0
+HOUSEKEEPING_S = 0.25
 RESEND_S = 5.0
 KEPT_ALARMS = 8
 ALARM_S = 3600.0
@@ -174,7 +174,7 @@ class Conversation:
     # --- to the hub -----------------------------------------------------------------------------------
 
     def _keep_house(self, now: float) -> None:
-        """Once a second: the clock's events, rows of other threads, durable messages, heartbeat."""
+        """Several times a second: the clock's events, rows of other threads, durable messages, heartbeat."""
         invitations.judge_waiting(self._db, self._link.config, now)
         invitations.close_expired(self._db, self._data_dir, now)
         self._transfers.load_outgoing(now)

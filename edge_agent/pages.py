@@ -71,10 +71,10 @@ class Pages:
 
 
 def clock(unix_s: float) -> str:
-    """Local time of the box; the day is left out today."""
-    moment = time.localtime(unix_s)
-    today = moment[:3] == time.localtime()[:3]
-    return time.strftime("%H:%M:%S" if today else "%d %b %Y, %H:%M", moment)
+    """Local time of the box; today without the day, this year without the year."""
+    moment, now = time.localtime(unix_s), time.localtime()
+    form = "%H:%M:%S" if moment[:3] == now[:3] else "%d %b, %H:%M" if moment[0] == now[0] else "%d %b %Y, %H:%M"
+    return time.strftime(form, moment)
 
 
 def date(value: str) -> str:

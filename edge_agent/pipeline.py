@@ -15,9 +15,8 @@ from edge_agent import catalog, database, decode, delivery, findings, instances,
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.catalog import SeriesRow
 from edge_agent.config import Config
-from edge_agent.decode import Decoded
+from edge_agent.decode import Decoded, NotForUsError
 from edge_agent.findings import Findings
-from edge_agent.infer import NotForUsError
 from fleet_link.errors import SiteError
 
 log = logging.getLogger(__name__)

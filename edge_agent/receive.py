@@ -157,11 +157,12 @@ def _supported(assoc: "_Association") -> list[PresentationContext]:
 
 
 def _on_accepted(event: evt.Event) -> None:
-    for context in event.assoc.rejected_contexts:
+    refused = sorted({context.abstract_syntax.name for context in event.assoc.rejected_contexts})
+    if refused:
         log.warning(
-            "%r proposed %s, which is not taken: let it send a storage class of DICOM PS3.4 B.5 in a transfer syntax of PS3.6 A",
+            "%r proposed what is not taken: %s; let it send standard storage classes (PS3.4 B.5) and transfer syntaxes (PS3.6 A)",
             event.assoc.calling_ae,
-            context.abstract_syntax.name,
+            ", ".join(refused),
         )
 
 
@@ -193,10 +194,11 @@ class _Association(Association):  # type: ignore[misc]
         return OUT_OF_RESOURCES
 
     def _keep(self, request: Any, file_meta: bytes, TransferSyntaxUID: str) -> int:
-        config, db, now = self.server.config, self._connection(), time.time()
+        config, db = self.server.config, self._connection()
         body = request.DataSet.getbuffer()
         prefix = b"\0" * 128 + b"DICM" + file_meta
         kept = instances.keep(config.box.data_dir, (prefix, body), min_free_bytes=config.dicom.min_free_bytes)
+        now = time.time()
         try:
             header = instances.read_header(body, TransferSyntaxUID)
         except instances.NotAnImageError as error:
@@ -237,7 +239,7 @@ class _Association(Association):  # type: ignore[misc]
 class _Socket(AssociationSocket):  # type: ignore[misc]
     """Reads with limits: no PDU longer than agreed, none slower than idle_timeout_s, no endless instance.
 
-    Re-arms TCP_QUICKACK before each read: against a sender with Nagle's algorithm 1260 instances/s instead of 22.
+    Re-arms TCP_QUICKACK before each read: a sender with Nagle's algorithm otherwise waits 40 ms per instance.
     """
 
     def __init__(self, assoc: _Association, request: socket.socket) -> None:

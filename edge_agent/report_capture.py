@@ -16,8 +16,8 @@ from pydicom.dataset import Dataset
 from edge_agent import report_codes
 from edge_agent.decode import SourceImage
 from edge_agent.findings import Findings
-from edge_agent.report_header import UTF8, Header
-from edge_agent.report_sr import DISCLAIMER, MANUFACTURER, Identity, impression_text, percent
+from edge_agent.report_header import Header
+from edge_agent.report_sr import DISCLAIMER, MANUFACTURER, Identity, impression_text, percent, settle
 from models.preprocess import Volume
 
 RGB = NDArray[np.uint8]
@@ -35,14 +35,13 @@ def secondary_capture(
 ) -> Dataset:
     """RGB, one frame."""
     key = int(findings.source_index_S[findings.key_index_S])
-    study = header.patient_study
     sc = SCImage(
         pixel_array=draw(findings, volume),
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
         patient_orientation=("L", "F"),  # highdicom wants one; emptied below, since a legend has none
-        study_instance_uid=study.StudyInstanceUID,
+        study_instance_uid=header.patient_study.StudyInstanceUID,
         series_instance_uid=identity.SeriesInstanceUID,
         series_number=identity.series_number,
         sop_instance_uid=identity.SOPInstanceUID,
@@ -56,14 +55,12 @@ def secondary_capture(
         content_time=identity.made_at.time(),
         content_qualification="RESEARCH",
     )
-    sc.update(study)
+    settle(sc, header, identity)
     sc.update(header.image)
-    sc.SpecificCharacterSet = UTF8
     sc.PatientOrientation = ""
     sc.ConversionType = "WSD"
     sc.BurnedInAnnotation = "NO"  # nothing in it names patient or date
-    sc.InstanceCreationDate = sc.DateOfSecondaryCapture = sc.ContentDate
-    sc.InstanceCreationTime = sc.TimeOfSecondaryCapture = sc.ContentTime
+    sc.DateOfSecondaryCapture, sc.TimeOfSecondaryCapture = sc.ContentDate, sc.ContentTime
     sc.DerivationDescription = f"{DISCLAIMER}: evidence for {findings.map_label} over slice {key + 1}"[:1024]
     sc.SourceImageSequence = [_source(sources[key], header)]
     return sc
@@ -72,9 +69,11 @@ def secondary_capture(
 def draw(findings: Findings, volume: Volume) -> RGB:
     """The key slice in grey, the evidence as heat over it, a legend below: rows x columns x RGB."""
     key = int(findings.source_index_S[findings.key_index_S])
-    grey_YX = _grey(volume.voxels_ZYX[key], volume.window)
-    height, width = _size(grey_YX.shape, volume.spacing_mm[1:])
-    grey_YX = cv2.resize(grey_YX, (width, height), interpolation=cv2.INTER_AREA)
+    image_YX = volume.voxels_ZYX[key]
+    height, width = _size(image_YX.shape, volume.spacing_mm[1:])
+    shrinks = width < image_YX.shape[1]
+    image_YX = cv2.resize(image_YX, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    grey_YX = _grey(image_YX, volume.window)
     heat_YX = cv2.resize(findings.map_SHW[findings.key_index_S], (width, height), interpolation=cv2.INTER_LINEAR)
     return np.vstack([_blend(grey_YX, heat_YX), _legend(findings, volume.voxels_ZYX.shape[0], key, width)])
 
@@ -84,7 +83,7 @@ def _grey(image_YX: NDArray[np.float32], window: tuple[float, float] | None) -> 
     if window is not None:
         low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
     else:
-        low, high = (float(value) for value in np.percentile(image_YX[::4, ::4], _PERCENTILES))
+        low, high = (float(value) for value in np.percentile(image_YX, _PERCENTILES))
     scale = 255.0 / max(high - low, 1e-6)
     return np.asarray(np.clip((image_YX - low) * scale, 0.0, 255.0).astype(np.uint8))
 
@@ -110,33 +109,36 @@ def _colours(heat_YX: NDArray[np.float32]) -> RGB:
 
 
 def _legend(findings: Findings, slices: int, key: int, width: int) -> RGB:
-    """White on black: what it is, what it found, what the colours mean."""
+    """White on black: what it is, what it found, what the colours mean. The text grows with the image."""
+    zoom = max(1.0, width / SHORTEST_PX)
+    line_px, margin_px = round(_LINE_PX * zoom), round(_MARGIN_PX * zoom)
     probabilities = "   ".join(f"{label.name} {percent(label.probability)}" for label in findings.labels)
     where = f"slice {key + 1} of {slices}, " if slices > 1 else ""
-    lines = [
-        *((line, _AMBER) for line in _wrapped(DISCLAIMER.upper(), width)),
-        *((line, _WHITE) for line in _wrapped(impression_text(findings), width)),
-        *((line, _GREY) for line in _wrapped(probabilities, width)),
-        *((line, _GREY) for line in _wrapped(f"{where}{findings.bundle_name} {findings.bundle_version}", width)),
-        *((line, _GREY) for line in _wrapped(f"Colour: evidence for {findings.map_label}, low to high", width)),
-    ]
-    strip_YXC = np.zeros(((len(lines) + 1) * _LINE_PX + _MARGIN_PX, width, 3), np.uint8)
+    paragraphs = (
+        (DISCLAIMER.upper(), _AMBER),
+        (impression_text(findings), _WHITE),
+        (probabilities, _GREY),
+        (f"{where}{findings.bundle_name} {findings.bundle_version}", _GREY),
+        (f"Colour: evidence for {findings.map_label}, low to high", _GREY),
+    )
+    lines = [(line, colour) for text, colour in paragraphs for line in _wrapped(text, width - 2 * margin_px, zoom)]
+    strip_YXC = np.zeros(((len(lines) + 1) * line_px + margin_px, width, 3), np.uint8)
     for row, (line, colour) in enumerate(lines, start=1):
-        cv2.putText(strip_YXC, line, (_MARGIN_PX, row * _LINE_PX), _FONT, _FONT_SCALE, colour, 1, cv2.LINE_AA)
-    bar_X = np.linspace(0.0, 1.0, width - 2 * _MARGIN_PX, dtype=np.float32)
-    bar_YX = np.tile(bar_X, (_LINE_PX // 2, 1))
-    top = len(lines) * _LINE_PX + _MARGIN_PX
-    strip_YXC[top : top + _LINE_PX // 2, _MARGIN_PX : width - _MARGIN_PX] = _colours(bar_YX)
+        place = (margin_px, row * line_px)
+        cv2.putText(strip_YXC, line, place, _FONT, _FONT_SCALE * zoom, colour, round(zoom), cv2.LINE_AA)
+    bar_X = np.linspace(0.0, 1.0, width - 2 * margin_px, dtype=np.float32)
+    top = len(lines) * line_px + margin_px
+    strip_YXC[top : top + line_px // 2, margin_px : width - margin_px] = _colours(np.tile(bar_X, (line_px // 2, 1)))
     return strip_YXC
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrapped(text: str, room_px: int, zoom: float) -> list[str]:
     """Lines that fit; the font has ASCII only."""
     lines: list[str] = []
     line = ""
     for word in text.encode("ascii", "replace").decode().split():
         longer = f"{line} {word}".strip()
-        if line and cv2.getTextSize(longer, _FONT, _FONT_SCALE, 1)[0][0] > width - 2 * _MARGIN_PX:
+        if line and cv2.getTextSize(longer, _FONT, _FONT_SCALE * zoom, round(zoom))[0][0] > room_px:
             lines.append(line)
             longer = word
         line = longer

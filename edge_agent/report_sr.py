@@ -84,10 +84,17 @@ def structured_report(
         content_qualification="RESEARCH",
         is_complete=True,
     )
-    sr.update(header.patient_study)
     sr.ContentSequence = content.ContentSequence
-    sr.InstanceCreationDate, sr.InstanceCreationTime = sr.ContentDate, sr.ContentTime
+    settle(sr, header, identity)
     return sr
+
+
+def settle(ds: Dataset, header: Header, identity: Identity) -> None:
+    """Patient and study as in the images; every time that of the reading, where highdicom puts that of writing."""
+    ds.update(header.patient_study)
+    ds.InstanceCreationDate, ds.InstanceCreationTime = ds.ContentDate, ds.ContentTime
+    for item in ds.ContributingEquipmentSequence:
+        item.ContributionDateTime = identity.made_at
 
 
 def derived_uid(*parts: object) -> str:

@@ -120,9 +120,10 @@ class Headers:
 
 def entries(db: sqlite3.Connection, headers: Headers, *, show: str, page: int) -> tuple[Entry, ...]:
     """One page of the worklist, newest first. `show` is a key of SHOWN, `page` counts from 1."""
+    newest_first = "ORDER BY s.last_instance_at DESC, s.series_no DESC"
+    selected = f"SELECT s.series_no {_FROM} WHERE {SHOWN[show]} {newest_first} LIMIT ? OFFSET ?"  # sorts numbers only
     rows = db.execute(
-        f"{_COLUMNS}{_FROM} WHERE {SHOWN[show]} ORDER BY s.last_instance_at DESC, s.series_no DESC LIMIT ? OFFSET ?",
-        (PAGE_ROWS, (page - 1) * PAGE_ROWS),
+        f"{_COLUMNS}{_FROM} WHERE s.series_no IN ({selected}) {newest_first}", (PAGE_ROWS, (page - 1) * PAGE_ROWS)
     ).fetchall()
     return tuple(_entry(db, row, headers) for row in rows)
 
@@ -186,7 +187,8 @@ def _read_patient(path: Path) -> Patient:
     """An unreadable header gives empty fields: the series stays in the list."""
     try:
         ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_KEYWORDS])
-        encodings = convert_encodings(_raw(ds, "SpecificCharacterSet").decode("ascii", "replace").split("\\"))
+        character_sets = ds.get("SpecificCharacterSet") or ""
+        encodings = convert_encodings([character_sets] if isinstance(character_sets, str) else list(character_sets))
         values = {
             keyword: decode_bytes(_raw(ds, keyword), encodings, _PN_DELIMITERS).strip(" \0") for keyword in _KEYWORDS
         }

@@ -1,7 +1,7 @@
 // The image viewer: slices, window, heatmap. Forms work without it.
 "use strict";
 
-const MOST_PICTURES = 400; // kept decoded in memory; the server forbids the disk cache
+const MOST_PIXELS = 100e6; // of pictures kept in memory; the server forbids the disk cache
 const NEIGHBOURS = 3; // fetched ahead on both sides
 
 const viewer = document.getElementById("viewer");
@@ -17,8 +17,10 @@ function start(viewer) {
   const initial = { center: Number(viewer.dataset.center), width: Number(viewer.dataset.width) };
   const state = { z: Number(viewer.dataset.slice), ...initial, lastOpacity: 45 };
   const pictures = new Map();
+  const mostPictures = Math.max(20, MOST_PIXELS / (byId("grey").width * byId("grey").height));
   let shown = { grey: byId("grey"), heat: byId("heat") };
-  let turn = 0;
+  let drag = null; // where a window drag began
+  let isLoading = false; // one slice at a time; what was asked for meanwhile is only the newest
 
   const greyUrl = (z) => `${series}/image/${z}.png?center=${state.center}&width=${state.width}`;
   const heatUrl = (z) => `${series}/heatmap/${z}.png?result=${viewer.dataset.result}`;
@@ -31,7 +33,7 @@ function start(viewer) {
       image.src = url;
       pictures.set(url, image.decode().then(() => image));
       pictures.get(url).catch(() => pictures.delete(url));
-      if (pictures.size > MOST_PICTURES) pictures.delete(pictures.keys().next().value);
+      if (pictures.size > mostPictures) pictures.delete(pictures.keys().next().value);
     }
     return pictures.get(url);
   }
@@ -43,39 +45,53 @@ function start(viewer) {
       image.width = shown.grey.width;
       image.height = shown.grey.height;
     }
-    image.hidden = kind === "heat" && !read.has(state.z);
+    image.hidden = false;
     image.style.opacity = kind === "heat" ? Number(opacity.value) / 100 : 1;
     if (shown[kind] !== image) shown[kind].replaceWith(image);
     shown[kind] = image;
   }
 
   async function show() {
-    const mine = ++turn;
-    const { z } = state;
     describe();
+    if (isLoading) return;
+    isLoading = true;
+    let url;
+    do {
+      url = greyUrl(state.z);
+      await load(state.z);
+    } while (url !== greyUrl(state.z));
+    isLoading = false;
+    if (drag) return;
+    for (let step = 1; step <= NEIGHBOURS; step++) {
+      for (const near of [state.z + step, state.z - step]) if (near >= 0 && near < slices) picture(greyUrl(near)).catch(() => {});
+    }
+  }
+
+  async function load(z) {
     const wanted = [picture(greyUrl(z))];
     if (shown.heat && read.has(z)) wanted.push(picture(heatUrl(z)));
     let images;
     try {
       images = await Promise.all(wanted);
     } catch {
-      if (mine === turn) byId("where").textContent = `slice ${z + 1}: no image came. Reload the page; you may have to sign in again.`;
+      for (const image of Object.values(shown)) if (image) image.hidden = true; // never another slice under this number
+      byId("where").textContent = `slice ${z + 1}: no image came. Reload the page; you may have to sign in again.`;
       return;
     }
-    if (mine !== turn) return; // a later slice was asked for meanwhile
     put("grey", images[0], `Slice ${z + 1} of ${slices}`);
     if (images[1]) put("heat", images[1], "");
-    else if (shown.heat) shown.heat.hidden = true;
+    else if (shown.heat) shown.heat.hidden = true; // this slice was not read
+    byId("where").textContent = place(z);
     viewer.dataset.shown = z;
-    for (let step = 1; step <= NEIGHBOURS; step++) {
-      for (const near of [z + step, z - step]) if (near >= 0 && near < slices) picture(greyUrl(near)).catch(() => {});
-    }
+  }
+
+  function place(z) {
+    const weight = read.get(z);
+    const note = weight === undefined ? (readSlices.length ? " · not read by the AI" : "") : ` · ${Math.round(weight * 100)} % of the attention`;
+    return slices > 1 ? `${z + 1} / ${slices}${note}` : "";
   }
 
   function describe() {
-    const weight = read.get(state.z);
-    const note = weight === undefined ? (readSlices.length ? "not read by the AI" : "") : `${Math.round(weight * 100)} % of the attention`;
-    byId("where").textContent = slices > 1 ? `${state.z + 1} / ${slices}${note ? ` · ${note}` : ""}` : "";
     byId("level").textContent = `L ${tidy(state.center)} · W ${tidy(state.width)}`;
     if (slider) slider.value = state.z;
     if (cursor) cursor.setAttribute("x", state.z);
@@ -110,6 +126,8 @@ function start(viewer) {
     shown.heat.style.opacity = value / 100;
   }
 
+  // The slider's thumb stands under the slice's bar: a thumb is 16 px wide and stops half of that before each end.
+  if (slider) slider.style.width = `calc(${(100 * (slices - 1)) / slices}% + 16px)`;
   slider?.addEventListener("input", () => go(Number(slider.value)));
   opacity?.addEventListener("input", () => setOpacity(Number(opacity.value)));
   byId("invert").addEventListener("click", (event) => {
@@ -130,7 +148,6 @@ function start(viewer) {
     go(state.z + Math.sign(event.deltaY));
   }, { passive: false });
 
-  let drag = null;
   viewer.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
     drag = { x: event.clientX, y: event.clientY, center: state.center, width: state.width };

@@ -77,6 +77,11 @@ def test_the_end_of_an_association_alone_says_nothing_about_an_unknown_size(db: 
     assert due(db, 105.0) is None
 
 
+def test_a_clock_that_was_set_back_holds_nothing_up(db: sqlite3.Connection) -> None:
+    add(db, header(), now=1e9)
+    assert due(db, 1e6) is not None
+
+
 def test_the_series_that_waits_longest_comes_first_and_stays_until_marked(db: sqlite3.Connection) -> None:
     add(db, header("1.1"), now=100.0)
     add(db, header("1.2"), now=99.0)

@@ -74,6 +74,11 @@ def test_the_heatmap_covers_the_image_and_is_clear_where_weak() -> None:
     assert (rgba_YXC[20:, :, 3] == 0).all()
 
 
+def test_the_heatmap_of_a_large_image_is_small_and_of_its_shape() -> None:
+    rgba_YXC = decoded(heatmap_png(maps_of(np.ones((1, 4, 4)), 0), to_stack(volume(np.zeros((1, 3000, 2250)))), 0))
+    assert rgba_YXC.shape == (512, 384, 4)
+
+
 def test_a_slice_that_was_not_read_has_a_clear_heatmap() -> None:
     rgba_YXC = decoded(heatmap_png(maps_of(np.ones((1, 4, 4)), 1), to_stack(volume(np.zeros((2, 40, 40)))), 0))
     assert (rgba_YXC[..., 3] == 0).all()

@@ -223,7 +223,7 @@ def test_a_series_without_a_result_shows_its_image_and_its_state(house: House) -
     assert house.browser.get(f"/series/{WAITING}/heatmap/0.png").status_code == 404
 
 
-def test_image_and_heatmap_are_of_one_size(house: House) -> None:
+def test_image_and_heatmap_are_of_one_shape(house: House) -> None:
     grey, heat = (
         cv2.imdecode(np.frombuffer(house.browser.get(f"/series/{CT}/{kind}/3.png").content, np.uint8), -1)
         for kind in ("image", "heatmap")
@@ -360,6 +360,19 @@ def test_patient_text_is_escaped_and_special_characters_are_read(tmp_path: Path)
             assert "Müller&lt;script&gt;, Jörg" in page
             assert "&lt;img src=x&gt;" in page
             assert "<script>," not in page
+
+
+def test_names_in_more_than_one_character_set_are_read(tmp_path: Path) -> None:
+    """The first example of PS3.5 section H.3."""
+    box = make_box(tmp_path)
+    ds = phantom_dicom.image(phantoms.phantom("XR", "normal", 1), 0, phantom_dicom.SeriesOptions(1, 1, 1))
+    ds.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
+    ds.PatientName = "=山田^太郎=やまだ^たろう"
+    ds.save_as(tmp_path / "kanji.dcm", enforce_file_format=True)
+    box.receive_file(tmp_path / "kanji.dcm", T0)
+    with served(box) as url, sign_in(url) as browser:
+        told = browser.get("/api/worklist").json()
+    assert told["series"][0]["patient"]["PatientName"] == "山田, 太郎"
 
 
 def test_lost_files_leave_the_list_and_the_verdict_usable(own_house: House) -> None:

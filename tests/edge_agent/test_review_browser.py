@@ -141,6 +141,30 @@ def test_an_x_ray_has_no_slice_slider_and_can_be_accepted(page: Page) -> None:
     expect(page.locator("p.given")).to_contain_text(f"accepted by {REVIEWER}")
 
 
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
+def test_the_whole_image_is_shown_and_the_heatmap_lies_upon_it(page: Page, url: str, size: tuple[int, int]) -> None:
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    sign_in(page)
+    for series_no in (CT, XR):
+        page.goto(f"{url}/series/{series_no}")
+        expect(page.locator("#viewer[data-shown]")).to_be_visible()
+        frame, grey, heat = (page.locator(name).bounding_box() for name in ("#viewer", "#grey", "#heat"))
+        assert frame == grey == heat
+        assert page.locator("#grey").evaluate("image => getComputedStyle(image).objectFit") == "contain"
+
+
+def test_a_slice_that_cannot_be_fetched_is_never_shown_as_another(page: Page) -> None:
+    sign_in(page)
+    open_series(page, CT)
+    page.route("**/image/7.png?*", lambda route: route.fulfill(status=200, content_type="image/png", body="broken"))
+    page.keyboard.press("End")
+    expect(page.locator("#where")).to_contain_text("slice 8: no image came")
+    expect(page.locator("#grey")).to_be_hidden()
+    expect(page.locator("#heat")).to_be_hidden()
+    page.keyboard.press("Home")
+    expect(page.locator("#grey")).to_be_visible()
+
+
 def test_a_correction_needs_a_label(page: Page, box: ReviewBox) -> None:
     sign_in(page)
     open_series(page, XR)

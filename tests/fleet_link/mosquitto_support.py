@@ -5,10 +5,9 @@ Never imported by the product: the hub's own CA and broker live in cloud_hub.
 Source: mosquitto.conf(5).
 """
 
-import os
+import getpass
 import signal
 import socket
-import ssl
 import subprocess
 import time
 from datetime import UTC, datetime, timedelta
@@ -37,6 +36,7 @@ acl_file {folder}/acl
 set_tcp_nodelay true
 message_size_limit 131072
 persistence false
+user {user}
 log_dest file {folder}/mosquitto.log
 log_type error
 log_type warning
@@ -126,11 +126,11 @@ class Mosquitto:
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "ca.pem").write_bytes(authority.pem)
         (folder / "acl").write_text(ACCESS)
-        (folder / "mosquitto.conf").write_text(CONFIGURATION.format(port=self.port, folder=folder))
+        (folder / "mosquitto.conf").write_text(
+            CONFIGURATION.format(port=self.port, folder=folder, user=getpass.getuser())
+        )
         server = authority.issue("server", usages=(ExtendedKeyUsageOID.SERVER_AUTH,), hosts=("localhost",))
         write_identity(folder, server)
-        if os.getuid() == 0:  # Debian's mosquitto, started as root, goes on as user mosquitto and must read its files
-            subprocess.run(["chown", "-R", "mosquitto", str(folder)], check=True)
 
     def config(self, identity: Identity, **changes: object) -> BusConfig:
         write_identity(self.folder, identity)
@@ -145,9 +145,14 @@ class Mosquitto:
         }
         return BusConfig(**(values | changes))  # type: ignore[arg-type]
 
+    def set_server(self, identity: Identity) -> None:
+        """Give the broker another server certificate; takes effect at the next start."""
+        write_identity(self.folder, Identity("server", identity.private_key, identity.certificate_der))
+
     def start(self) -> None:
         """Return once the broker listens."""
-        self._process = subprocess.Popen(["mosquitto", "-c", str(self.folder / "mosquitto.conf")])
+        command = ["mosquitto", "-c", str(self.folder / "mosquitto.conf")]
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while not _listens(self.port):
             if self._process.poll() is not None:
                 raise RuntimeError((self.folder / "mosquitto.log").read_text())
@@ -185,14 +190,6 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def tls_contexts(folder: Path) -> ssl.SSLContext:
-    """A server that speaks TLS 1.2 at most."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.pem", folder / "server.key")
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 def _listens(port: int) -> bool:

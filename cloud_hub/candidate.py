@@ -1,0 +1,135 @@
+"""From mean delta to candidate bundle: a child process exports, compares with torch and recomputes the known answer.
+
+Reads the base bundle; writes one folder of its own inside the round's folder and gives the bundle in it.
+Never imports torch; a child that hangs, is killed or dies with the hub costs one more export, nothing else.
+Source: ARCHITECTURE.md, "Releases": export parity with torch.
+"""
+
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import numpy as safetensors_numpy
+
+from fleet_link.errors import WardroundError
+from models import delta
+from models.bundle import read_bundle
+from models.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+EXPORT = (sys.executable, "-m", "models.export")
+PREFIX = "export-"
+STOPPED_WITHIN_S = 5.0
+SHOWN_CHARACTERS = 400
+
+
+class CandidateError(WardroundError):
+    """No bundle came out; the round is dropped with this reason."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to make. `folder` is the round's own."""
+
+    folder: Path
+    base: Path
+    version: str
+    timeout_s: float
+    command: tuple[str, ...] = EXPORT
+
+
+class Export:
+    """One running child. `poll` until it gives the bundle, or `stop`."""
+
+    def __init__(self, order: Order, mean: Mapping[str, NDArray[np.float32]], *, now: float) -> None:
+        """Raises CandidateError when the mean does not fit the base."""
+        self._order = order
+        self._started_at = now
+        self._work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=order.folder))
+        self._bundle = self._work / "candidate.bundle"
+        try:
+            base = read_bundle(order.base)
+            weights = delta.apply(base.weights, mean)
+        except ModelError as error:
+            raise CandidateError(str(error), advice=error.advice) from error
+        weights_path = self._work / "weights.safetensors"
+        weights_path.write_bytes(safetensors_numpy.save(weights))
+        arguments = ["--bundle", order.base, "--weights", weights_path, "--out", self._bundle]
+        arguments += ["--name", base.manifest.name, "--version", order.version]
+        self._child = self._spawn([*order.command, *map(str, arguments)])
+        log.info("candidate %s: export started", order.version)
+
+    def poll(self, now: float) -> Path | None:
+        """The finished bundle, None while the child runs. Raises CandidateError with the child's own words."""
+        code = self._child.poll()
+        if code is None:
+            if now - self._started_at > self._order.timeout_s:
+                self.stop()
+                raise CandidateError(
+                    f"export took longer than {self._order.timeout_s:.0f} s", advice="raise rounds.export_timeout_s"
+                )
+            return None
+        if code != 0:
+            raise CandidateError(f"export failed: {self._reason(code)}", advice="the round is dropped; start another")
+        self._check()
+        return self._bundle
+
+    def stop(self) -> None:
+        """End the child if it runs. What it wrote goes with `clear`."""
+        self._child.terminate()
+        try:
+            self._child.wait(STOPPED_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def _spawn(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        with (self._work / "out").open("wb") as out, (self._work / "err").open("wb") as err:
+            # Its own session: Ctrl-C at the hub is the hub's to handle.
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, cwd=self._work
+            )
+
+    def _reason(self, code: int) -> str:
+        if code < 0:
+            return f"ended by signal {-code}"
+        lines = (self._work / "err").read_bytes().decode(errors="replace").strip().splitlines() or [""]
+        try:
+            said: Any = msgspec.json.decode(lines[-1].encode())
+            return str(said["error"])[:SHOWN_CHARACTERS]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            return f"exit code {code}: {lines[-1][:SHOWN_CHARACTERS]}"
+
+    def _check(self) -> None:
+        """The child's word is not taken for it: the file is read with every rule of the format."""
+        try:
+            bundle = read_bundle(self._bundle)
+            said = msgspec.json.decode((self._work / "out").read_bytes(), type=_Report)
+        except ModelError as error:
+            raise CandidateError(f"export gave no bundle: {error}", advice=error.advice) from error
+        except msgspec.DecodeError as error:
+            raise CandidateError(f"export gave no report: {error}", advice="see the hub's log") from error
+        if said.digest != bundle.digest:
+            raise CandidateError("the exported bundle is not the one reported", advice="check the hub's disk")
+        log.info("candidate %s: exported, parity %.2g", self._order.version, said.parity)
+
+
+class _Report(msgspec.Struct, frozen=True):
+    digest: str
+    parity: float
+
+
+def clear(folder: Path) -> None:
+    """Remove what exports left in a round's folder."""
+    for leftover in folder.glob(PREFIX + "*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""`hub`: make a hub, run it, ask how it is.
+
+Writes the data directory (`init`); starts cloud_hub.service (`run`); asks the running hub's API (`status`).
+Never prints the admin token.
+Source: Typer; exit codes 0 done, 2 wrong usage, 3 a setting or the machine is wrong or the hub is away, 4 not trusted.
+"""
+
+import json
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cloud_hub import config, fleet_client, fleet_tables, service, setup, terminal
+from fleet_link.notify import set_up_logging
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="The hub of a Wardround fleet: certificates, rounds, releases.",
+    epilog="First: hub init --data-dir DIR --host NAME, then hub run --config DIR/hub.toml, then fleet --help",
+)
+ConfigPath = Annotated[Path, typer.Option("--config", help="The hub's hub.toml.")]
+DEFAULT_CONFIG = Path("hub.toml")
+out = Console()
+
+
+@app.command()
+def init(
+    data_dir: Annotated[Path, typer.Option(help="A new folder for everything the hub keeps.")],
+    host: Annotated[str, typer.Option(help="The name or address by which boxes reach this machine.")] = "localhost",
+    mqtt_port: Annotated[int, typer.Option(min=1, max=65535)] = 8883,
+    https_port: Annotated[int, typer.Option(min=1, max=65535)] = 8443,
+    bind: Annotated[str, typer.Option(help="The address to listen on.")] = "0.0.0.0",  # noqa: S104 - boxes are elsewhere
+    bundle: Annotated[Path | None, typer.Option(help="The first release; else the bundle that comes with it.")] = None,
+) -> None:
+    """Make a hub: authority, certificates, keys, first release, admin token, fleet.toml.
+
+    Interrupted, it is completed by the same command. A finished hub is never overwritten.
+    """
+    wish = setup.Wish(data_dir, host, mqtt_port, https_port, bind, bundle or shipped_bundle())
+    settings = setup.initialise(wish, now=time.time())
+    folder = settings.paths.data_dir
+    out.print(f"Hub made in [bold]{folder}[/]", soft_wrap=True)
+    out.print(f"  start it    hub run --config {folder / 'hub.toml'}", soft_wrap=True)
+    out.print(f"  look at it  {settings.url}  (log in with {settings.paths.admin_token})", soft_wrap=True)
+    out.print(f"  work on it  fleet --config {folder / 'fleet.toml'} site add NAME", soft_wrap=True)
+    out.print(f"Keep {folder / 'ca'} and {folder / 'keys'} in a safe backup.", soft_wrap=True)
+
+
+@app.command()
+def run(config_path: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Run the hub until it is told to stop (SIGTERM, Ctrl-C)."""
+    settings = config.load(config_path)
+    set_up_logging(settings.hub.log_level)
+    service.run(settings)
+
+
+@app.command()
+def status(
+    config_path: ConfigPath = DEFAULT_CONFIG,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Does the hub on this machine answer, and does its broker run?"""
+    settings = config.load(config_path)
+    paths = settings.paths
+    row = fleet_client.call(
+        fleet_client.Address(settings.url, paths.admin_token, paths.ca_certificate), "GET", "/status"
+    )
+    if as_json:
+        typer.echo(json.dumps(row, indent=2))
+    else:
+        out.print(fleet_tables.status(row), soft_wrap=True)
+
+
+def shipped_bundle() -> Path:
+    """The bundle that comes with the software."""
+    return Path(str(files("models").joinpath("bundles", "phantom-tiny.bundle")))
+
+
+def main() -> None:
+    terminal.run(app, "hub")

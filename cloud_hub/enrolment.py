@@ -1,0 +1,210 @@
+"""Enrolment over HTTPS: a one-time token buys one certificate, in one transaction.
+
+Reads tokens and devices; writes certificates, spent tokens, refusals.
+Never gives a second certificate for a token: the same key asking again gets the same certificate.
+Source: RFC 7030 (EST) 4.1 cacerts, 4.2 simpleenroll; RFC 7617 (Basic).
+"""
+
+import base64
+import binascii
+import logging
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import pkcs7
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from cloud_hub import ca, registry, releases
+from cloud_hub.context import Context, bounded_body
+from cloud_hub.database import Certificate, Token, record_refusal
+from fleet_link import pki
+from fleet_link.errors import TrustError
+from fleet_link.topics import is_device_id
+
+log = logging.getLogger(__name__)
+
+CSR_BYTES_MAX = 16 * 1024
+
+
+class EnrolmentRefusedError(TrustError):
+    """Carries the HTTP status: 401 unknown token, 403 not with this token, 400 not a CSR."""
+
+    def __init__(self, status: int, message: str, *, advice: str) -> None:
+        super().__init__(message, advice=advice)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a box says it is."""
+
+    device: str
+    secret: str
+
+
+def routes(context: Context) -> list[Route]:
+    def cacerts(request: Request) -> Response:
+        return _pkcs7(context.authority.certificate)
+
+    def bootstrap(request: Request) -> Response:
+        """Where the broker is and which TUF root to start from, for whoever holds a token that is not void."""
+        now = context.clock()
+        try:
+            claim = parse_basic(request.headers.get("authorization", ""))
+            with context.database.reading() as session:
+                check_token(session, claim, now=now)
+        except EnrolmentRefusedError as error:
+            return _refused(context, request, error, now)
+        return JSONResponse(
+            {
+                "device": claim.device,
+                "mqtt_host": context.config.broker.host,
+                "mqtt_port": context.config.broker.port,
+                "tuf_root": base64.b64encode(releases.root_bytes(context.config)).decode(),
+            }
+        )
+
+    def enrol_body(request: Request, body: bytes) -> Response:
+        now = context.clock()
+        try:
+            claim = parse_basic(request.headers.get("authorization", ""))
+            certificate = enrol(context, claim, *parse_csr(body), now=now)
+        except EnrolmentRefusedError as error:
+            return _refused(context, request, error, now)
+        return _pkcs7(certificate)
+
+    async def simpleenroll(request: Request) -> Response:
+        body = await bounded_body(request, CSR_BYTES_MAX)
+        return await run_in_threadpool(enrol_body, request, body)
+
+    return [
+        Route("/.well-known/est/cacerts", cacerts),
+        Route("/.well-known/est/simpleenroll", simpleenroll, methods=["POST"]),
+        Route("/.well-known/wardround/bootstrap", bootstrap),
+    ]
+
+
+def enrol(
+    context: Context, claim: Claim, name: str, public_key: ec.EllipticCurvePublicKey, *, now: float
+) -> x509.Certificate:
+    """The certificate this token buys for this key. Raises EnrolmentRefusedError; a refused token is not spent.
+
+    A box that enrols anew replaces its former certificate, which is revoked.
+    """
+    with context.database.writing() as session:
+        token = check_token(session, claim, now=now)
+        if name != claim.device:
+            raise EnrolmentRefusedError(
+                403, f"the CSR is for {name[:80]!r}, the token for {claim.device}", advice="use this device's own token"
+            )
+        if token.certificate_serial is not None:
+            return _issued_before(session, token, public_key)
+        days = context.config.certificates.device_days
+        certificate = context.authority.issue_device(public_key, claim.device, days=days, now=now)
+        replaced = _revoke_former(session, claim.device, now)
+        row = _row(certificate, public_key, claim.device)
+        session.add(row)
+        session.flush()
+        token.used_at, token.certificate_serial = now, row.serial
+    if replaced:
+        context.reload_broker()
+    log.info("device %s enrolled, certificate %s", claim.device, row.serial)
+    return certificate
+
+
+def check_token(session: Session, claim: Claim, *, now: float) -> Token:
+    """The claimed device's token: unused and in time, or used (its holder may be asking again)."""
+    token = session.get(Token, registry.secret_sha256(claim.secret))
+    if token is None or token.device != claim.device:
+        raise EnrolmentRefusedError(401, f"unknown token for {claim.device}", advice=_new_token(claim.device))
+    if not registry.is_active(session, claim.device):
+        raise EnrolmentRefusedError(
+            403, f"device {claim.device} is revoked", advice="add the box under a new name: fleet device add"
+        )
+    if token.used_at is None and token.expires_at <= now:
+        raise EnrolmentRefusedError(401, f"the token for {claim.device} has expired", advice=_new_token(claim.device))
+    return token
+
+
+def parse_basic(header: str) -> Claim:
+    """Raises EnrolmentRefusedError unless this is HTTP Basic with device and secret."""
+    scheme, _, encoded = header.partition(" ")
+    try:
+        device, colon, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        colon = ""
+    if scheme.lower() != "basic" or not colon:
+        raise EnrolmentRefusedError(401, "no token was shown", advice="HTTP Basic: device and the token's secret")
+    if not is_device_id(device):
+        raise EnrolmentRefusedError(401, "not the name of a device", advice="use the token as it was given")
+    return Claim(device, secret)
+
+
+def parse_csr(body: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
+    """(CN, key) of base64 DER (RFC 8951) or PEM. Raises EnrolmentRefusedError."""
+    try:
+        is_pem = body.lstrip().startswith(b"-----BEGIN")
+        return pki.read_csr(body if is_pem else base64.b64decode(b"".join(body.split()), validate=True))
+    except binascii.Error as error:
+        raise EnrolmentRefusedError(400, "the CSR is not in base64", advice="see RFC 7030, 4.2.1") from error
+    except TrustError as error:
+        raise EnrolmentRefusedError(400, str(error), advice="make key and CSR with edge-agent enroll") from error
+
+
+def _issued_before(session: Session, token: Token, public_key: ec.EllipticCurvePublicKey) -> x509.Certificate:
+    row = session.get_one(Certificate, token.certificate_serial)
+    if row.public_key_sha256 != ca.public_key_sha256(public_key) or row.revoked_at is not None:
+        raise EnrolmentRefusedError(
+            403, f"the token for {token.device} was used already", advice=_new_token(token.device)
+        )
+    return x509.load_pem_x509_certificate(row.pem.encode())
+
+
+def _revoke_former(session: Session, device: str, now: float) -> bool:
+    former = session.query(Certificate).filter(Certificate.device == device, Certificate.revoked_at.is_(None)).count()
+    session.execute(
+        update(Certificate).where(Certificate.device == device, Certificate.revoked_at.is_(None)).values(revoked_at=now)
+    )
+    return former > 0
+
+
+def _row(certificate: x509.Certificate, public_key: ec.EllipticCurvePublicKey, device: str) -> Certificate:
+    return Certificate(
+        serial=f"{certificate.serial_number:x}",
+        device=device,
+        public_key_sha256=ca.public_key_sha256(public_key),
+        not_after=certificate.not_valid_after_utc.timestamp(),
+        pem=certificate.public_bytes(serialization.Encoding.PEM).decode(),
+    )
+
+
+def _pkcs7(certificate: x509.Certificate) -> Response:
+    der = pkcs7.serialize_certificates([certificate], serialization.Encoding.DER)
+    headers = {"Content-Transfer-Encoding": "base64"}
+    return Response(
+        base64.encodebytes(der), media_type="application/pkcs7-mime; smime-type=certs-only", headers=headers
+    )
+
+
+def _refused(context: Context, request: Request, error: EnrolmentRefusedError, now: float) -> Response:
+    """Tell the box and the operator why."""
+    try:
+        device = parse_basic(request.headers.get("authorization", "")).device
+    except EnrolmentRefusedError:
+        device = ""
+    with context.database.writing() as session:
+        record_refusal(session, device=device, what="enrolment", reason=str(error), now=now)
+    log.warning("enrolment refused: %s", error)
+    headers = {"WWW-Authenticate": 'Basic realm="wardround enrolment"'} if error.status == 401 else {}
+    return PlainTextResponse(f"{error}; {error.advice}\n", status_code=error.status, headers=headers)
+
+
+def _new_token(device: str) -> str:
+    return f"ask the hub's operator for a new one: fleet device token {device}"

@@ -1,0 +1,290 @@
+"""The hub's end of the link: who may speak, what was said, what each box is missing.
+
+Reads messages from the bus; writes heartbeats, sequences and refusals; hands rounds, releases and transfers to their owners.
+Never trusts a topic without the signature, a signature without the registry, or a message twice.
+Source: ARCHITECTURE.md, "The link", "Rounds", "Releases".
+"""
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy import select
+
+from cloud_hub.config import Config
+from cloud_hub.coordinator import Coordinator, active_round, plan_of
+from cloud_hub.database import Database, Device, Round, RoundDevice, record_refusal
+from cloud_hub.distribution import Distribution
+from cloud_hub.releases import Release, Repository
+from cloud_hub.rounds import COLLECTING, FINISHED, Member, State
+from cloud_hub.transfers import Transfers
+from fleet_link import envelope
+from fleet_link.bus import Bus, BusConfig, Received
+from fleet_link.errors import LinkError, SiteError, TrustError, WardroundError
+from fleet_link.messages import (
+    AnyMessage,
+    BundleRequest,
+    Heartbeat,
+    Receipt,
+    ReleaseReport,
+    RoundAnswer,
+    RoundClosed,
+    RoundStatus,
+    TransferOffer,
+    TransferProgress,
+    TransferReceipt,
+)
+from fleet_link.pki import Identity, Trust
+from fleet_link.topics import HUB, Channel, Direction, Topic, hub_subscription
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.2
+BUSY_S = 0.02
+MAX_TAKEN = 256  # messages before anything else gets its turn
+
+
+def open_bus(config: Config) -> Bus:
+    """Not started yet. The broker is our child on this machine; its certificate names localhost too."""
+    paths = config.paths
+    here = config.broker.bind in ("0.0.0.0", "127.0.0.1", "localhost", "::")  # noqa: S104 - compared, not bound
+    bus_config = BusConfig(
+        host="localhost" if here else config.broker.host,
+        port=config.broker.port,
+        name=HUB,
+        ca_path=paths.ca_certificate,
+        certificate_path=paths.hub_certificate,
+        key_path=paths.hub_key,
+        keepalive_s=config.broker.keepalive_s,
+    )
+    return Bus(bus_config, [hub_subscription()])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the link works with, put together by the service."""
+
+    config: Config
+    database: Database
+    bus: Bus
+    identity: Identity
+    trust: Trust
+    coordinator: Coordinator
+    distribution: Distribution
+    repository: Repository
+    clock: Callable[[], float]
+
+
+class Link:
+    """Owned by the hub's loop: `step` takes what came and sends what is due, `reconcile_all` when something is new."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._sequence = envelope.Sequence.from_clock(parts.clock())
+        self._windows: dict[str, envelope.ReplayWindow] = {}
+        self._owed: dict[str, float] = {}  # device -> when to tell it again what it is missing
+        self._transfers = Transfers(parts.config, parts.database, parts.coordinator, self._say, self._send_chunk)
+        self._news = True  # facts that a rollout depends on have changed
+        self._last_trouble = ""
+
+    def step(self) -> None:
+        """Wait a moment for messages; then do what is due."""
+        timeout_s = BUSY_S if self._transfers.is_flowing else IDLE_S
+        for _ in range(MAX_TAKEN):
+            received = self._parts.bus.receive(timeout_s)
+            if received is None:
+                break
+            self.take(received)
+            timeout_s = 0
+        now = self._parts.clock()
+        self._trying(self._transfers.receive_due, now)
+        if self._parts.bus.connected:
+            self._trying(self._transfers.send_due, now)
+            self._reconcile_due(now)
+
+    def tick(self, round_news: bool) -> None:
+        """Every loop_s: rollout decisions; `round_news` when a round began or ended."""
+        now = self._parts.clock()
+        if self._news or round_news:
+            self._news = False
+            for device in self._parts.distribution.decide(now):
+                self._owed[device] = now
+        if round_news:
+            self._transfers.drop_unwanted()
+            self._owe_everybody(now)
+
+    def close(self) -> None:
+        self._transfers.close()
+
+    # --- from the boxes -------------------------------------------------------------------------------
+
+    def take(self, received: Received) -> None:
+        """One message or chunk. What is wrong with it is a refusal that the operator can see, never more."""
+        device, now = received.topic.device, self._parts.clock()
+        if received.topic.direction is not Direction.UP:
+            return
+        try:
+            if received.topic.channel is Channel.CHUNK:
+                self._transfers.on_chunk(device, received.payload)
+            else:
+                self._take_message(device, received.payload, now)
+        except (TrustError, LinkError) as error:
+            self._refused(device, error, now)
+        except SiteError as error:
+            self._trouble(error)
+
+    def _take_message(self, device: str, payload: bytes, now: float) -> None:
+        # 1. The registry: known and not revoked.
+        with self._parts.database.reading() as session:
+            row = session.get(Device, device)
+        if row is None or row.revoked_at is not None:
+            raise TrustError(
+                "a revoked device still speaks" if row is not None else "no such device in the registry",
+                advice="fleet devices shows all",
+            )
+        # 2. Certificate, signature, sender, recipient, time.
+        opened = envelope.open(payload, self._parts.trust, sender=device, recipient=HUB, now=now)
+        # 3. Not seen before; kept on disk before anything comes of it.
+        window = self._windows.setdefault(device, envelope.ReplayWindow(row.last_sequence))
+        window.accept(opened.sequence)
+        with self._parts.database.writing() as session:
+            session.get_one(Device, device).last_sequence = window.highest
+        self._dispatch(device, opened.message, now)
+
+    def _dispatch(self, device: str, message: AnyMessage, now: float) -> None:
+        match message:
+            case Heartbeat():
+                self._on_heartbeat(device, message, now)
+            case RoundAnswer():
+                self._receipt(device, message.message_id, self._parts.coordinator.answered(device, message, now))
+            case ReleaseReport():
+                self._receipt(device, message.message_id, self._parts.distribution.reported(device, message, now))
+                self._news = True
+            case BundleRequest():
+                self._on_bundle_request(device, message, now)
+            case TransferOffer():
+                self._transfers.on_offer(device, message, now)
+            case TransferProgress():
+                self._transfers.on_progress(device, message, now)
+            case TransferReceipt():
+                self._transfers.on_receipt(device, message, now)
+            case _:
+                raise LinkError(f"a box sent a {type(message).__name__}, which only the hub says")
+
+    def _on_heartbeat(self, device: str, heartbeat: Heartbeat, now: float) -> None:
+        with self._parts.database.writing() as session:
+            row = session.get_one(Device, device)
+            if row.last_seen_at is None:
+                log.info("device %s: first heartbeat", device)
+            row.last_seen_at, row.heartbeat = now, msgspec.json.encode(heartbeat).decode()
+        self._news = True
+        self._owed.setdefault(device, now)
+
+    def _on_bundle_request(self, device: str, request: BundleRequest, now: float) -> None:
+        offered = self._parts.distribution.offers.get(device)
+        if offered is None or offered.bundle_digest != request.bundle_digest:
+            raise LinkError(f"bundle {request.bundle_digest[:12]} is not offered to {device}")
+        path = self._parts.repository.bundle_path(request.bundle_digest)
+        self._transfers.send_bundle(device, request.bundle_digest, path, now)
+
+    # --- what a box is missing ------------------------------------------------------------------------
+
+    def _owe_everybody(self, now: float) -> None:
+        since = now - self._parts.config.rollout.heartbeat_max_age_s
+        with self._parts.database.reading() as session:
+            recent = session.scalars(
+                select(Device.device).where(Device.last_seen_at > since, Device.revoked_at.is_(None))
+            ).all()
+        self._owed.update(dict.fromkeys(recent, now))
+
+    def _reconcile_due(self, now: float) -> None:
+        for device in [device for device, due_at in self._owed.items() if due_at <= now]:
+            missing = self._missing(device, now)
+            for message in missing:
+                self._say(device, message)
+            if missing:
+                self._owed[device] = now + self._parts.config.rollout.resend_s
+            else:
+                del self._owed[device]
+
+    def _missing(self, device: str, now: float) -> list[AnyMessage]:
+        """Plan, end of a round, release: whatever its last heartbeat shows that it lacks. Nothing for one long silent."""
+        with self._parts.database.reading() as session:
+            row = session.get(Device, device)
+            if row is None or row.heartbeat is None or row.last_seen_at is None or row.revoked_at is not None:
+                return []
+            if now - row.last_seen_at > self._parts.config.rollout.heartbeat_max_age_s:
+                return []
+            statuses = {s.round_id: s for s in msgspec.json.decode(row.heartbeat, type=Heartbeat).rounds}
+            active = active_round(session)
+            part = session.get(RoundDevice, (active.round_id, device)) if active is not None else None
+            known = {r: session.get(Round, r) for r in statuses}
+        missing: list[AnyMessage] = []
+        if active is not None and part is not None and _lacks_plan(active, part, statuses):
+            missing.append(plan_of(active))
+        missing += [_closed(r, row) for r, row in known.items() if _lacks_end(row, statuses[r])]
+        offered = self._parts.distribution.offers.get(device)
+        if offered is not None:
+            release = Release(offered.release_version, offered.bundle_digest, offered.size, offered.round_id or "")
+            missing.append(self._parts.repository.offer(release, message_id=_id()))
+        return missing
+
+    # --- to the boxes ---------------------------------------------------------------------------------
+
+    def _receipt(self, device: str, of: str, verdict: tuple[bool, str]) -> None:
+        """Given after the commit: what is acknowledged is on our disk."""
+        accepted, reason = verdict
+        self._say(device, Receipt(message_id=_id(), of=of, accepted=accepted, reason=reason[:500]))
+
+    def _say(self, device: str, message: AnyMessage) -> None:
+        """Lost while a box is away: whatever matters is said again."""
+        parts = self._parts
+        sealed = envelope.seal(parts.identity, device, message, sequence=self._sequence.next(), now=parts.clock())
+        parts.bus.publish_message(Topic(Direction.DOWN, device, Channel.MESSAGE), sealed)
+
+    def _send_chunk(self, device: str, frame: bytes) -> bool:
+        return self._parts.bus.publish_chunk(Topic(Direction.DOWN, device, Channel.CHUNK), frame)
+
+    # --- what goes wrong ------------------------------------------------------------------------------
+
+    def _trying(self, step: Callable[[float], None], now: float) -> None:
+        try:
+            step(now)
+        except WardroundError as error:
+            self._trouble(error)
+
+    def _refused(self, device: str, error: WardroundError, now: float) -> None:
+        log.warning("device %s: refused: %s", device, error)
+        with self._parts.database.writing() as session:
+            record_refusal(session, device=device, what="message", reason=str(error), now=now)
+
+    def _trouble(self, error: WardroundError) -> None:
+        """Disk or configuration: said once, tried again."""
+        if str(error) != self._last_trouble:
+            log.error("%s (%s)", error, error.advice)
+        self._last_trouble = str(error)
+
+
+def _lacks_plan(active: Round, part: RoundDevice, statuses: dict[str, RoundStatus]) -> bool:
+    """Not answered; or joined, but its box has lost the round (restored, replaced)."""
+    if State(active.state) not in COLLECTING:
+        return False
+    return part.state == Member.INVITED or (part.state == Member.JOINED and active.round_id not in statuses)
+
+
+def _lacks_end(row: Round | None, status: RoundStatus) -> bool:
+    return status.state != "closed" and (row is None or State(row.state) in FINISHED)
+
+
+def _closed(round_id: str, row: Round | None) -> RoundClosed:
+    if row is None:
+        return RoundClosed(message_id=_id(), round_id=round_id, outcome="dropped", reason="the hub has no such round")
+    if row.state == State.RELEASED:
+        return RoundClosed(message_id=_id(), round_id=round_id, outcome="released")
+    return RoundClosed(message_id=_id(), round_id=round_id, outcome="dropped", reason=row.reason)
+
+
+def _id() -> str:
+    return secrets.token_hex(16)

@@ -1,0 +1,205 @@
+"""The hub as one process: Mosquitto as its child, HTTPS in a thread, everything else in one loop.
+
+Reads hub.toml's values and the data directory; starts threads and children, handles signals, repairs before any port opens.
+Never decides anything itself: it starts drivers and calls them in turn.
+Source: systemd's sd_notify(3); ARCHITECTURE.md, "The house".
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import uvicorn
+
+from cloud_hub import ca, database, registry, setup
+from cloud_hub.api import create_app
+from cloud_hub.broker import Broker
+from cloud_hub.ca import Authority
+from cloud_hub.collection import Vault
+from cloud_hub.config import Config
+from cloud_hub.context import Context
+from cloud_hub.coordinator import Coordinator
+from cloud_hub.database import Database, record_refusal
+from cloud_hub.distribution import Distribution
+from cloud_hub.link import Link, Parts, open_bus
+from cloud_hub.releases import Repository
+from fleet_link import notify, sealing
+from fleet_link.errors import SiteError, WardroundError
+from fleet_link.pki import Trust, load_identity
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+REFRESH_S = 3600.0
+DEFECT_PAUSE_S = 1.0
+HTTPS_STOP_S = 10.0
+WATCHDOG_S = 10.0
+
+
+def run(config: Config) -> None:
+    """Run until SIGTERM or SIGINT. Raises SiteError when the hub cannot start."""
+    stop = threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(_signals(stop))
+        stack.enter_context(_only_one(config))
+        # 1. What is on disk.
+        authority = ca.load(config.paths.ca_key, config.paths.ca_certificate)
+        setup.renew_own_certificates(config, authority, now=time.time())
+        hub = database.connect(config.paths.database)
+        stack.callback(hub.close)
+        repository = Repository(config.paths)
+        trust = Trust(config.paths.ca_certificate.read_bytes())
+        # 2. Half-done work, before any port opens.
+        repository.refresh(time.time())
+        vault = Vault(sealing.load_sealing_key(config.paths.sealing_key), trust, config.rounds.examples_cap)
+        coordinator = Coordinator(config, hub, repository, vault)
+        coordinator.start(time.time())
+        stack.callback(coordinator.stop)
+        # 3. Ports: broker, our own connection to it, HTTPS.
+        broker = _broker(config, hub, authority)
+        broker.start()
+        stack.callback(broker.stop)
+        bus = open_bus(config)
+        bus.start()
+        stack.callback(bus.stop)
+        identity = load_identity(config.paths.hub_key, config.paths.hub_certificate)
+        distribution = Distribution(config, hub)
+        link = Link(Parts(config, hub, bus, identity, trust, coordinator, distribution, repository, time.time))
+        stack.callback(link.close)
+        stack.enter_context(_https(config, hub, authority, broker))
+        # 4. The loop.
+        stack.callback(notify.stopping)
+        notify.ready(f"{config.url}, broker on port {config.broker.port}")
+        log.info("hub runs: %s", config.url)
+        _loop(config, stop, link, coordinator, repository, broker)
+    log.info("hub stopped")
+
+
+def _loop(
+    config: Config, stop: threading.Event, link: Link, coordinator: Coordinator, repository: Repository, broker: Broker
+) -> None:
+    """Broker and coordinator belong to this thread: the kernel ends their children with it."""
+    due = [
+        _Every(config.rounds.loop_s, lambda: link.tick(coordinator.tick(time.time()))),
+        _Every(WATCH_S, broker.watch),
+        _Every(REFRESH_S, lambda: repository.refresh(time.time())),
+        _Every(notify.watchdog_interval_s(WATCHDOG_S), notify.watchdog),
+    ]
+    trouble = ""
+    while not stop.is_set():
+        try:
+            link.step()
+            for task in due:
+                task.run_if_due(time.monotonic())
+        except WardroundError as error:
+            if str(error) != trouble:
+                log.error("%s (%s)", error, error.advice)
+            trouble = str(error)
+            stop.wait(DEFECT_PAUSE_S)
+        except Exception:  # a main loop: one message that meets our defect must not stop the fleet
+            log.exception("a defect in the hub's loop; going on")
+            stop.wait(DEFECT_PAUSE_S)
+
+
+class _Every:
+    """One thing that is done again and again; late is not made up for."""
+
+    def __init__(self, interval_s: float, task: Callable[[], object]) -> None:
+        self._interval_s = interval_s
+        self._task = task
+        self._due_at = 0.0
+
+    def run_if_due(self, now: float) -> None:
+        if now >= self._due_at:
+            self._due_at = now + self._interval_s
+            self._task()
+
+
+def _broker(config: Config, hub: Database, authority: Authority) -> Broker:
+    def on_refused(reason: str) -> None:
+        with hub.writing() as session:
+            record_refusal(session, device="", what="connection", reason=reason, now=time.time())
+
+    def write_access() -> None:
+        registry.write_access(hub, authority, config, now=time.time())
+
+    return Broker(config, write_access=write_access, on_refused=on_refused)
+
+
+@contextmanager
+def _https(config: Config, hub: Database, authority: Authority, broker: Broker) -> Iterator[None]:
+    """API, enrolment and hub page, in a thread of their own."""
+    context = Context(
+        config=config,
+        database=hub,
+        authority=authority,
+        admin_token=config.paths.admin_token.read_text("ascii").strip(),
+        reload_broker=broker.reload,
+        broker_running=lambda: broker.running,
+        clock=time.time,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(context),
+            ssl_keyfile=config.paths.server_key,
+            ssl_certfile=config.paths.server_certificate,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(HTTPS_STOP_S // 2),
+        )
+    )
+    with _listening(config) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="https", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            thread.join(HTTPS_STOP_S)
+
+
+def _listening(config: Config) -> socket.socket:
+    bind, port = config.https.bind, config.https.port
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    try:
+        return socket.create_server((bind, port), family=family)
+    except OSError as error:
+        raise SiteError(
+            f"https.port {port} on {bind} cannot be opened: {error.strerror}", advice="end what holds it, or change it"
+        ) from error
+
+
+@contextmanager
+def _only_one(config: Config) -> Iterator[None]:
+    """One process per data directory: the loop relies on being the only writer of rounds and releases."""
+    try:
+        lock = os.open(config.paths.data_dir / "hub.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SiteError(f"{config.paths.data_dir}: {error.strerror}", advice="make a hub first: hub init") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise SiteError(f"a hub runs on {config.paths.data_dir} already", advice="hub status; stop it first") from error
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the loop to end."""
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""Make a hub: authority, certificates, keys, first release, admin token, configuration of hub and `fleet`.
+
+Writes the data directory; every step keeps what is there, so an interrupted `hub init` is completed by the next.
+Never replaces a key: a finished hub is refused, with advice.
+Source: ARCHITECTURE.md, "The link" and "Releases".
+"""
+
+import json
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cloud_hub import ca, config, database, releases
+from cloud_hub.ca import Authority
+from cloud_hub.config import Config
+from cloud_hub.files import write_whole
+from fleet_link import pki, sealing
+from fleet_link.errors import SiteError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the operator said at `hub init`."""
+
+    data_dir: Path
+    host: str
+    mqtt_port: int
+    https_port: int
+    bind: str
+    bundle: Path
+
+
+def initialise(wish: Wish, *, now: float) -> Config:
+    """Gives the configuration of the new hub. Raises SiteError when there is one already or the folder is in use."""
+    folder = wish.data_dir.resolve()
+    try:
+        _check_folder(folder)
+        settings = config.load(_write_config(folder, wish))
+        make_identity(settings, now=now)
+        database.connect(settings.paths.database).close()
+        releases.init(settings, wish.bundle, now=now)
+        _write_fleet_toml(settings)  # last: it means "finished"
+    except OSError as error:
+        raise SiteError(
+            f"{error.filename or folder}: {error.strerror}", advice="give --data-dir a folder that you may write in"
+        ) from error
+    log.info("hub made in %s", folder)
+    return settings
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "fleet.toml").exists():
+        raise SiteError(f"{folder} holds a hub already", advice=f"start it: hub run --config {folder / 'hub.toml'}")
+    begun = {"hub.toml", "hub.toml.tmp"}
+    if folder.exists() and any(folder.iterdir()) and not begun & {path.name for path in folder.iterdir()}:
+        raise SiteError(f"{folder} is not empty and holds no hub", advice="give --data-dir a new folder")
+
+
+def make_identity(settings: Config, *, now: float) -> Authority:
+    """CA, the hub's certificates, sealing key and admin token; what exists is kept."""
+    paths = settings.paths
+    for folder in (paths.ca_key.parent, paths.server_key.parent, paths.broker, paths.releases, paths.rounds):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    if not paths.ca_certificate.exists():
+        key = _key(paths.ca_key)
+        write_whole(paths.ca_certificate, ca.create(key, name=f"Wardround hub {settings.https.host}", now=now).pem)
+    authority = ca.load(paths.ca_key, paths.ca_certificate)
+    renew_own_certificates(settings, authority, now=now)
+    if not paths.sealing_key.exists():
+        sealing.new_sealing_key(paths.sealing_key)
+    if not paths.admin_token.exists():
+        write_whole(paths.admin_token, (secrets.token_urlsafe(32) + "\n").encode(), mode=0o600)
+    return authority
+
+
+def renew_own_certificates(settings: Config, authority: Authority, *, now: float) -> None:
+    """Server and hub certificate, where missing, in the last third of their life, or for other names than configured."""
+    paths, days = settings.paths, settings.certificates.server_days
+    names = list(dict.fromkeys([settings.https.host, settings.broker.host, "localhost", "127.0.0.1", "::1"]))
+    server_key = _key(paths.server_key)
+    if not _serves(paths.server_certificate, server_key, names, now):
+        issued = authority.issue_server(server_key.public_key(), names, days=days, now=now)
+        write_whole(paths.server_certificate, issued.public_bytes(serialization.Encoding.PEM))
+    hub_key = _key(paths.hub_key)
+    if not _serves(paths.hub_certificate, hub_key, [], now):
+        issued = authority.issue_hub(hub_key.public_key(), days=days, now=now)
+        write_whole(paths.hub_certificate, issued.public_bytes(serialization.Encoding.PEM))
+
+
+def _serves(path: Path, key: ec.EllipticCurvePrivateKey, names: list[str], now: float) -> bool:
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    in_last_third = datetime.fromtimestamp(now, UTC) > start + (end - start) * 2 / 3
+    alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    present = {str(name.value) for name in alternative}
+    return certificate.public_key() == key.public_key() and not in_last_third and present.issuperset(names)
+
+
+def _key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The P-256 key at `path`, made on first use."""
+    if not path.exists():
+        return pki.new_private_key(path)
+    try:
+        return pki.load_private_key(path)
+    except SiteError as error:
+        raise SiteError(str(error), advice=f"restore {path.parent.name}/ from backup") from error
+
+
+def _write_config(folder: Path, wish: Wish) -> Path:
+    path = folder / "hub.toml"
+    if path.exists():
+        return path  # an interrupted init: what was said then holds
+    text = config.default_text()
+    for section, port in (("broker", wish.mqtt_port), ("https", wish.https_port)):
+        text = config.with_value(text, section, "host", wish.host)
+        text = config.with_value(text, section, "bind", wish.bind)
+        text = config.with_value(text, section, "port", port)
+    config.parse(text, where=path)  # a wrong host or port is refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    write_whole(path, text.encode())
+    return path
+
+
+def _write_fleet_toml(settings: Config) -> None:
+    """What `fleet` reads when it is run in this folder, or with --config."""
+    paths = settings.paths
+    text = (
+        "# For the fleet command: copy with admin.token and ca.pem to where the operator works.\n"
+        f"hub = {json.dumps(settings.url)}\n"
+        f"token_file = {json.dumps(os.path.relpath(paths.admin_token, paths.data_dir))}\n"
+        f"ca = {json.dumps(os.path.relpath(paths.ca_certificate, paths.data_dir))}\n"
+    )
+    write_whole(paths.data_dir / "fleet.toml", text.encode())

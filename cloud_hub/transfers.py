@@ -1,0 +1,224 @@
+"""Large things between hub and boxes: sealed updates in, bundles out, chunk by chunk.
+
+Reads bundles; writes rounds/<round>/incoming and the table transfers; what to send goes through two callables.
+Never decides what may be received (coordinator.py) nor what may be fetched (distribution.py), never opens what it carries.
+Source: ARCHITECTURE.md, "The link": chunks with a digest, resumed from what the other side already has.
+"""
+
+import logging
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from cloud_hub.config import Config
+from cloud_hub.coordinator import Coordinator
+from cloud_hub.database import Database, Transfer
+from fleet_link import chunks
+from fleet_link.errors import LinkError, SiteError, TrustError
+from fleet_link.messages import AnyMessage, TransferOffer, TransferProgress, TransferReceipt
+from fleet_link.topics import HUB
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 60.0  # a box that says nothing about a bundle for so long asks again when it is back
+ROW_S = 1.0  # pause between two looks of the operator at the bytes moved
+
+Key = tuple[str, str]  # device, transfer id
+
+
+class Transfers:
+    """Both directions. Owned by the hub's loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        coordinator: Coordinator,
+        say: Callable[[str, AnyMessage], None],
+        send_chunk: Callable[[str, bytes], bool],
+    ) -> None:
+        """`send_chunk` gives False while the way out is full."""
+        self._config = config
+        self._database = database
+        self._coordinator = coordinator
+        self._say = say
+        self._send_chunk = send_chunk
+        self._incoming: dict[Key, chunks.Incoming] = {}
+        self._outgoing: dict[Key, chunks.Outgoing] = {}
+        self._heard_at: dict[Key, float] = {}
+        self._row_at: dict[Key, float] = {}
+
+    @property
+    def is_flowing(self) -> bool:
+        """Chunks may come or go at any moment."""
+        return bool(self._incoming) or any(outgoing.started for outgoing in self._outgoing.values())
+
+    def close(self) -> None:
+        """Let go of all files; both sides resume from the disk."""
+        for outgoing in self._outgoing.values():
+            outgoing.close()
+        for incoming in self._incoming.values():
+            incoming.close()
+
+    # --- in -------------------------------------------------------------------------------------------
+
+    def on_offer(self, device: str, offer: TransferOffer, now: float) -> None:
+        """Take, resume or refuse; a refusal says why. Raises SiteError while there is no room."""
+        if offer.kind != "update":
+            raise LinkError(f"{device} offers a {offer.kind}, which only the hub sends")
+        if (device, offer.transfer_id) in self._incoming:
+            return
+        action, reason = self._coordinator.judge_update(device, offer)
+        if action == "refuse":
+            self._refuse(device, offer, reason, now)
+        elif action == "done":
+            self._answer(device, offer, "")
+        elif action == "take":
+            self._open(device, offer, now)
+
+    def on_chunk(self, device: str, frame: bytes) -> None:
+        transfer_id, _, _ = chunks.parse_frame(frame)
+        incoming = self._incoming.get((device, transfer_id))
+        if incoming is not None:  # else late: finished, or of a transfer that a restart forgot; the box offers it again
+            incoming.on_chunk(frame)
+
+    def receive_due(self, now: float) -> None:
+        """Progress to the boxes; whole files to the coordinator, then the receipt."""
+        for (device, transfer_id), incoming in list(self._incoming.items()):
+            if incoming.complete:
+                del self._incoming[device, transfer_id]
+                self._finish(device, incoming, now)
+            elif incoming.progress_due(now):
+                progress = TransferProgress(message_id=_id(), transfer_id=transfer_id, received_bitmap=incoming.bitmap)
+                self._say(device, progress)
+                received = int.from_bytes(incoming.bitmap, "little").bit_count() * incoming.offer.chunk_bytes
+                self._note(device, incoming.offer, "in", min(received, incoming.offer.size), now)
+
+    def drop_unwanted(self) -> None:
+        """After a round's end: what is still coming in for it goes; its box is told that the round is closed."""
+        for (device, transfer_id), incoming in list(self._incoming.items()):
+            if self._coordinator.judge_update(device, incoming.offer)[0] != "take":
+                self._incoming.pop((device, transfer_id)).drop()
+
+    def _open(self, device: str, offer: TransferOffer, now: float) -> None:
+        """One at a time of each device: a new one takes the place of an older one."""
+        folder = self._config.paths.rounds / offer.subject / "incoming" / device
+        for key in [key for key in self._incoming if key[0] == device]:
+            self._incoming.pop(key).drop()
+        if offer.size > shutil.disk_usage(self._config.paths.data_dir).free // 2:
+            raise SiteError("no space for updates", advice="free some disk at the hub; the boxes offer them again")
+        folder.mkdir(parents=True, exist_ok=True)
+        incoming = chunks.Incoming.open(folder, offer, max_bytes=self._config.rounds.update_bytes_max)
+        self._incoming[device, offer.transfer_id] = incoming
+        self._note(device, offer, "in", 0, now)
+        log.info("round %s: receiving %d bytes from %s", offer.subject, offer.size, device)
+
+    def _finish(self, device: str, incoming: chunks.Incoming, now: float) -> None:
+        offer = incoming.offer
+        try:
+            whole = incoming.finish()
+        except TrustError as error:
+            # TLS carried it and its index fits: the file never had the digest that its sender gave.
+            incoming.drop()
+            self._coordinator.refuse_update(device, offer.subject, str(error), now)
+            self._answer(device, offer, str(error))
+            self._note(device, offer, "in", offer.size, now, state="refused", reason=str(error))
+            return
+        reason = self._coordinator.take_update(device, offer, whole, now)
+        incoming.drop()
+        self._note(device, offer, "in", offer.size, now, state="refused" if reason else "done", reason=reason)
+        self._answer(device, offer, reason)
+
+    def _refuse(self, device: str, offer: TransferOffer, reason: str, now: float) -> None:
+        self._coordinator.refuse_update(device, offer.subject, reason, now)
+        self._answer(device, offer, reason)
+
+    def _answer(self, device: str, offer: TransferOffer, reason: str) -> None:
+        receipt = TransferReceipt(
+            message_id=_id(), transfer_id=offer.transfer_id, accepted=not reason, reason=reason[:500]
+        )
+        self._say(device, receipt)
+
+    # --- out ------------------------------------------------------------------------------------------
+
+    def send_bundle(self, device: str, digest: str, path: Path, now: float) -> None:
+        """Start it, or go on if it is on its way. Raises SiteError if the file cannot be read."""
+        transfer_id = chunks.transfer_id(kind="bundle", subject=digest, sha256=digest, sender=HUB)
+        key = (device, transfer_id)
+        if key in self._outgoing:
+            return
+        offer = chunks.new_offer(path, kind="bundle", subject=digest, transfer_id=transfer_id, message_id=_id())
+        self._outgoing[key] = chunks.Outgoing(path, offer)
+        self._heard_at[key] = now
+        self._note(device, offer, "out", 0, now)
+
+    def on_progress(self, device: str, progress: TransferProgress, now: float) -> None:
+        key = (device, progress.transfer_id)
+        outgoing = self._outgoing.get(key)
+        if outgoing is None:
+            return
+        outgoing.on_progress(progress, now)
+        self._heard_at[key] = now
+        self._note(device, outgoing.offer, "out", outgoing.bytes_sent, now)
+
+    def on_receipt(self, device: str, receipt: TransferReceipt, now: float) -> None:
+        outgoing = self._outgoing.pop((device, receipt.transfer_id), None)
+        if outgoing is None:
+            return
+        outgoing.close()
+        state = "done" if receipt.accepted else "refused"
+        self._note(device, outgoing.offer, "out", outgoing.bytes_sent, now, state=state, reason=receipt.reason)
+        log.info("bundle %s: %s by %s", outgoing.offer.subject[:12], state, device)
+
+    def send_due(self, now: float) -> None:
+        """Offers, and as many chunks as window and queue take."""
+        for (device, transfer_id), outgoing in list(self._outgoing.items()):
+            if now - self._heard_at[device, transfer_id] > SILENCE_S:
+                self._outgoing.pop((device, transfer_id)).close()
+                continue
+            if outgoing.offer_due(now):
+                self._say(device, outgoing.offer)
+            for _, frame in outgoing.due(now):
+                if not self._send_chunk(device, frame):
+                    return
+
+    # --- for the operator -----------------------------------------------------------------------------
+
+    def _note(
+        self,
+        device: str,
+        offer: TransferOffer,
+        direction: str,
+        moved: int,
+        now: float,
+        *,
+        state: str = "open",
+        reason: str = "",
+    ) -> None:
+        key = (device, offer.transfer_id)
+        if state == "open" and now - self._row_at.get(key, 0.0) < ROW_S:
+            return
+        self._row_at[key] = now
+        if state != "open":
+            del self._row_at[key]
+        with self._database.writing() as session:
+            session.merge(
+                Transfer(
+                    transfer_id=offer.transfer_id,
+                    device=device,
+                    direction=direction,
+                    kind=offer.kind,
+                    subject=offer.subject,
+                    sha256=offer.sha256,
+                    size=offer.size,
+                    bytes_moved=moved,
+                    state=state,
+                    reason=reason[:500],
+                    changed_at=now,
+                )
+            )
+
+
+def _id() -> str:
+    return secrets.token_hex(16)

@@ -1,0 +1,64 @@
+"""A box's sealed update becomes a delta that may be added: opened, decoded, limited.
+
+Reads bytes in memory; gives arrays.
+Never writes to disk, never lets one update weigh more than the plan and the hub's configuration allow.
+Source: ARCHITECTURE.md, "The link"; the box's end is edge_agent/update.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleet_link import sealing
+from fleet_link.errors import TrustError
+from fleet_link.messages import RoundPlan
+from fleet_link.pki import Trust
+from models import delta
+from models.errors import DeltaError
+
+# Rounding to 8 bits raises the norm of a delta a little; a box that did not clip is far above that.
+NORM_TOLERANCE = 1.25
+
+
+@dataclass(frozen=True)
+class Opener:
+    """What is the same for all updates of one round."""
+
+    plan: RoundPlan
+    shapes: Mapping[str, tuple[int, ...]]  # of the base's trainable tensors
+    sealing_key: sealing.SealingKey
+    trust: Trust
+    examples_cap: int
+
+
+@dataclass(frozen=True)
+class Update:
+    delta: Mapping[str, NDArray[np.float32]]  # norm at most the plan's clip_norm
+    examples: int  # as the box says
+    weight: int  # its examples, capped
+
+
+def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Update:
+    """Raises TrustError unless `blob` is a sound delta that `sender` sealed for this very plan."""
+    plan = opener.plan
+    # 1. Certificate, signature, round and plan, sealing.
+    opened = sealing.open_update(
+        blob, private_key=opener.sealing_key, trust=opener.trust, sender=sender, plan=plan, now=now
+    )
+    # 2. Enough examples to weigh anything.
+    if opened.examples < max(1, plan.min_examples):
+        raise TrustError(
+            f"{opened.examples} examples, the plan asks for {max(1, plan.min_examples)}", advice="inspect the device"
+        )
+    # 3. Exactly the base's trainable tensors, all finite.
+    try:
+        change = delta.decode(opened.payload, opener.shapes)
+    except DeltaError as error:
+        raise TrustError(str(error), advice=error.advice) from error
+    # 4. Clipped; what rounding added is taken off again.
+    change, norm = delta.clip(change, plan.clip_norm)
+    if norm > NORM_TOLERANCE * plan.clip_norm:
+        raise TrustError(f"norm {norm:.3g}, the plan's limit is {plan.clip_norm:.3g}", advice="inspect the device")
+    return Update(change, opened.examples, min(opened.examples, opener.examples_cap))

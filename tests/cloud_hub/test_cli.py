@@ -1,0 +1,250 @@
+"""`hub init`, `hub run`, `hub status`: a hub is made once and whole, runs, and ends without leaving anything."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from cloud_hub import ca, config, database, files, setup
+from cloud_hub.setup import Wish
+from fleet_link import pki
+from fleet_link.errors import SiteError
+from tests.cloud_hub.hub_support import await_true, free_port, needs_mosquitto
+
+pytestmark = pytest.mark.slow
+
+BUNDLE = Path(__file__).resolve().parents[2] / "models" / "bundles" / "phantom-tiny.bundle"
+HUB = [sys.executable, "-c", "from cloud_hub.cli import main; main()"]
+FLEET = [sys.executable, "-c", "from cloud_hub.fleet_cli import main; main()"]
+
+
+def _wish(folder: Path, **changes: object) -> Wish:
+    values: dict[str, object] = {
+        "data_dir": folder,
+        "host": "localhost",
+        "mqtt_port": free_port(),
+        "https_port": free_port(),
+        "bind": "127.0.0.1",
+        "bundle": BUNDLE,
+    }
+    return Wish(**(values | changes))  # type: ignore[arg-type]
+
+
+def _is_whole(folder: Path) -> None:
+    settings = config.load(folder / "hub.toml")
+    paths = settings.paths
+    authority = ca.load(paths.ca_key, paths.ca_certificate)
+    hub = pki.load_identity(paths.hub_key, paths.hub_certificate)
+    pki.Trust(authority.pem).check(hub.certificate_der, expected_name="hub", now=time.time())
+    assert len(paths.admin_token.read_text().strip()) >= 32
+    connected = database.connect(paths.database)
+    with connected.reading() as session:
+        assert [row.release_version for row in session.query(database.Release)] == [1]
+    connected.close()
+
+
+def test_init_makes_a_hub_with_secrets_for_the_owner_only(tmp_path: Path) -> None:
+    wish = _wish(tmp_path / "hub")
+    settings = setup.initialise(wish, now=time.time())
+    assert (settings.broker.port, settings.https.port) == (wish.mqtt_port, wish.https_port)
+    _is_whole(tmp_path / "hub")
+    for path in (tmp_path / "hub").rglob("*"):
+        if path.suffix == ".key" or path.name == "admin.token":
+            assert path.stat().st_mode & 0o077 == 0, path
+    text = (tmp_path / "hub" / "hub.toml").read_text()
+    assert text.count("#") == config.default_text().count("#")
+
+
+def test_a_finished_hub_and_a_strangers_folder_are_not_touched(tmp_path: Path) -> None:
+    setup.initialise(_wish(tmp_path / "hub"), now=time.time())
+    before = {path: path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file()}
+    with pytest.raises(SiteError, match="holds a hub already") as caught:
+        setup.initialise(_wish(tmp_path / "hub"), now=time.time())
+    assert "hub run" in caught.value.advice
+    assert before == {path: path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file()}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(SiteError, match="is not empty"):
+        setup.initialise(_wish(tmp_path / "full"), now=time.time())
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_an_init_cut_off_at_any_write_is_completed_with_the_same_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CutOff(BaseException):
+        """Not an error that any code may handle."""
+
+    rename, renames = os.rename, 0
+
+    def count(source: Path, target: Path) -> None:
+        nonlocal renames
+        renames += 1
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", count)
+    setup.initialise(_wish(tmp_path / "whole"), now=time.time())
+    assert renames > 8
+    for cut in range(renames):
+        folder, left = tmp_path / f"cut-{cut}", cut
+
+        def cut_off(source: Path, target: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise CutOff
+            rename(source, target)
+
+        monkeypatch.setattr(files.os, "rename", cut_off)
+        with pytest.raises(CutOff):
+            setup.initialise(_wish(folder), now=time.time())
+        keys = {path: path.read_bytes() for path in folder.rglob("*.key")}
+        monkeypatch.setattr(files.os, "rename", rename)
+        setup.initialise(_wish(folder), now=time.time())
+        _is_whole(folder)
+        assert {path: path.read_bytes() for path in keys} == keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"host": "two words"}, "https.host|broker.host"),
+        ({"host": 'quote"'}, "."),
+        ({"https_port": 0}, "https.port = 0"),
+    ],
+)
+def test_a_wrong_wish_is_refused_before_anything_is_written(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SiteError, match=words):
+        setup.initialise(_wish(tmp_path / "hub", **changes), now=time.time())
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_bundle_that_is_none_and_a_path_that_is_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.bundle").write_bytes(b"nothing")
+    with pytest.raises(SiteError):
+        setup.initialise(_wish(tmp_path / "hub", bundle=tmp_path / "no.bundle"), now=time.time())
+    with pytest.raises(SiteError, match=r"no\.bundle"):
+        setup.initialise(_wish(tmp_path / "no.bundle"), now=time.time())
+    setup.initialise(_wish(tmp_path / "hub"), now=time.time())
+    _is_whole(tmp_path / "hub")
+
+
+def test_the_hubs_own_certificates_are_renewed_in_time_and_for_a_new_name(tmp_path: Path) -> None:
+    settings = setup.initialise(_wish(tmp_path / "hub"), now=time.time())
+    paths = settings.paths
+    authority = ca.load(paths.ca_key, paths.ca_certificate)
+
+    def serials() -> list[int]:
+        both = (paths.server_certificate, paths.hub_certificate)
+        return [x509.load_pem_x509_certificate(path.read_bytes()).serial_number for path in both]
+
+    first = serials()
+    setup.renew_own_certificates(settings, authority, now=time.time() + 500 * 86400)
+    assert serials() == first
+    setup.renew_own_certificates(settings, authority, now=time.time() + 600 * 86400)
+    second = serials()
+    assert second[0] != first[0]
+    assert second[1] != first[1]
+    text = config.with_value((paths.data_dir / "hub.toml").read_text(), "https", "host", "hub.example")
+    renamed = config.parse(text, where=paths.data_dir / "hub.toml")
+    setup.renew_own_certificates(renamed, authority, now=time.time() + 600 * 86400)
+    assert serials()[0] != second[0]
+    assert serials()[1] == second[1]
+
+
+class Started:
+    """`hub run` as its own process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_path = str(folder / "hub.toml")
+        self.paths = config.load(folder / "hub.toml").paths
+        self.process = self._spawn()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*HUB, "run", "--config", self.config_path], stderr=(self.folder / "log").open("ab"))
+
+    def status(self) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*HUB, "status", "--config", self.config_path, "--json"], capture_output=True, text=True, check=False
+        )
+
+    def await_answer(self) -> None:
+        await_true(lambda: self.process.poll() is not None or self.status().returncode == 0, within_s=60)
+        assert self.process.poll() is None, (self.folder / "log").read_text()
+
+    def broker_pid(self) -> int:
+        return int((self.paths.broker / "mosquitto.pid").read_text())
+
+    def restart(self) -> None:
+        self.process = self._spawn()
+        self.await_answer()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Started]:
+    setup.initialise(_wish(tmp_path / "hub"), now=time.time())
+    hub = Started(tmp_path / "hub")
+    hub.await_answer()
+    yield hub
+    hub.close()
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@needs_mosquitto
+def test_a_hub_runs_answers_survives_a_kill_and_ends_clean(started: Started) -> None:
+    shown = json.loads(started.status().stdout)
+    assert shown["broker_running"] is True
+    fleet = [*FLEET, "--config", str(started.folder / "fleet.toml")]
+    assert subprocess.run([*fleet, "site", "add", "north"], check=False).returncode == 0
+    assert subprocess.run([*fleet, "device", "add", "box-a", "--site", "north"], check=False).returncode == 0
+
+    killed = started.broker_pid()
+    started.process.kill()
+    started.process.wait()
+    await_true(lambda: not _alive(killed))
+    assert started.status().returncode == 3
+    started.restart()
+    assert json.loads(started.status().stdout)["devices"] == {"awaited": 1}
+
+    broker = started.broker_pid()
+    assert broker != killed
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(30) == 0
+    assert not _alive(broker)
+
+
+@needs_mosquitto
+def test_a_killed_broker_comes_back_under_a_running_hub(started: Started) -> None:
+    pid = started.broker_pid()
+    os.kill(pid, signal.SIGKILL)
+    await_true(lambda: started.broker_pid() != pid and _alive(started.broker_pid()), within_s=30)
+    started.await_answer()
+
+
+def test_the_command_tells_what_is_wrong_in_two_lines(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [*HUB, "run", "--config", str(tmp_path / "none.toml")], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (3, "")
+    assert ended.stderr.splitlines()[0].endswith("none.toml: No such file or directory")
+    assert "hub init" in ended.stderr.splitlines()[1]
+    assert len(ended.stderr.splitlines()) == 2
