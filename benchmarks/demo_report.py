@@ -86,21 +86,30 @@ def write_json(outcome: Outcome, path: Path) -> None:
 
 
 def _studies_table(rows: Sequence[StudyRow]) -> Table:
-    table = _table("Each study", "box", "", "image", "sent", "found", "p", "ms to PACS", "reviewer", "release")
+    """One line an image; one that was kept apart was read twice, by the shipped model and by the release."""
+    table = _table(
+        "Each study", "box", "", "image", "sent", "found", "p", "ms", "release found", "p ", "ms ", "reviewer"
+    )
+    by_image: dict[tuple[str, str, int], list[StudyRow]] = {}
     for row in rows:
-        found = row.found or f"[red]{row.reason}[/red]"
+        by_image.setdefault((row.box, row.modality, row.seed), []).append(row)
+    for (box, modality, seed), readings in by_image.items():
+        cells = [
+            cell for row in readings for cell in (_found(row), f"{row.probability:.2f}", f"{row.milliseconds:.0f}")
+        ]
+        cells += [""] * (6 - len(cells))
         table.add_row(
-            row.box,
-            row.modality,
-            str(row.seed),
-            row.sent,
-            f"[dim]{found} (abstained)[/dim]" if row.abstained else found if row.right else f"[yellow]{found}[/yellow]",
-            f"{row.probability:.2f}",
-            f"{row.milliseconds:.0f}",
-            row.verdict or {"before": "kept: before", "after": "kept: after"}.get(row.exam or "", ""),
-            str(row.release_version),
+            box, modality, str(seed), readings[0].sent, *cells, readings[0].verdict or "[dim]kept apart[/dim]"
         )
     return table
+
+
+def _found(row: StudyRow) -> str:
+    if not row.found:
+        return f"[red]{row.reason}[/red]"
+    if row.abstained:
+        return f"[dim]{row.found}, abstained[/dim]"
+    return row.found if row.right else f"[yellow]{row.found}[/yellow]"
 
 
 def _accuracy(rows: Sequence[StudyRow]) -> dict[str, dict[str, dict[str, int]]]:
@@ -193,7 +202,7 @@ def _round_table(outcome: Outcome) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-    numeric: Callable[[str], bool] = lambda name: name in ("p", "images", "studies", "median", "p95") or "ms" in name  # noqa: E731
+    numeric: Callable[[str], bool] = lambda name: name.strip() in ("p", "ms", "images", "studies", "median", "p95")  # noqa: E731
     for column in columns:
         table.add_column(column, justify="right" if numeric(column) else "left")
     return table

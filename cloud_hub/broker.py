@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cloud_hub.child import dies_with_us
 from cloud_hub.config import Config
 from cloud_hub.files import write_whole
 from fleet_link.errors import SiteError
@@ -32,6 +33,7 @@ ACCESS_AGE_MAX_S = 86_400.0  # the revocation list is re-issued daily
 LOG_BYTES_MAX = 4 * 1024 * 1024
 _RUNNING = re.compile(rb"mosquitto version \S+ running")
 _TLS_REFUSED = re.compile(r"OpenSSL Error\[\d+\]: (.*)|Client connection from \S+ failed: (.*)")
+_BROKEN_OFF = ("unexpected eof while reading",)  # a box that lost power or network refuses nobody
 _MQTT_REFUSED = re.compile(
     r"Client (?!<unknown>)(\S+) disconnected[:,] (not authorised|Protocol error|.*oversize.*)", re.I
 )
@@ -154,8 +156,8 @@ class Broker:
             self._access_written_at = time.time()
 
     def _spawn(self) -> None:
-        command = [_setpriv(), "--pdeathsig", "KILL", _program(self._config.broker.program)]
-        command += ["-c", str(self._folder / "mosquitto.conf")]
+        program = _program(self._config.broker.program)
+        command = dies_with_us([program, "-c", str(self._folder / "mosquitto.conf")])
         with (self._folder / "mosquitto.log").open("wb") as log_file:
             self._log_offset = 0
             append = os.open(log_file.name, os.O_WRONLY | os.O_APPEND)
@@ -216,7 +218,8 @@ def refused_connection(line: str) -> str | None:
     """The reason in a line of Mosquitto's log that tells of a refused connection."""
     tls = _TLS_REFUSED.search(line)
     if tls is not None:
-        return (tls[1] or tls[2]).rpartition(":")[2].strip(" .")  # error:0A000086:SSL routines::REASON
+        reason = (tls[1] or tls[2]).rpartition(":")[2].strip(" .")  # error:0A000086:SSL routines::REASON
+        return None if reason in _BROKEN_OFF else reason
     mqtt = _MQTT_REFUSED.search(line)
     return f"{mqtt[1]}: {mqtt[2].strip(' .')}" if mqtt else None
 
@@ -249,11 +252,4 @@ def _program(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
     if found is None:
         raise SiteError(f"broker.program: {name} is not installed", advice="apt-get install mosquitto")
-    return found
-
-
-def _setpriv() -> str:
-    found = shutil.which("setpriv") or shutil.which("setpriv", path="/usr/bin:/bin")
-    if found is None:
-        raise SiteError("setpriv is not installed", advice="apt-get install util-linux")
     return found

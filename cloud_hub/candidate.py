@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import numpy as safetensors_numpy
 
+from cloud_hub.child import dies_with_us
 from fleet_link.errors import WardroundError
 from models import delta
 from models.bundle import read_bundle
@@ -95,9 +96,13 @@ class Export:
 
     def _spawn(self, command: list[str]) -> "subprocess.Popen[bytes]":
         with (self._work / "out").open("wb") as out, (self._work / "err").open("wb") as err:
-            # Its own session: Ctrl-C at the hub is the hub's to handle.
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, cwd=self._work
+                dies_with_us(command),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,  # Ctrl-C at the hub is the hub's to handle
+                cwd=self._work,
             )
 
     def _reason(self, code: int) -> str:

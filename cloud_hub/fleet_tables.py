@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -214,9 +215,19 @@ def _release(version: int | None) -> str:
     return "–" if version is None else "shipped" if version == 0 else f"v{version}"
 
 
+class _Table(Table):
+    """Names and figures stay whole on the narrowest terminal; only prose folds."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        for column, cell in zip(self.columns, cells, strict=True):
+            if column.no_wrap:
+                column.min_width = max(column.min_width or 0, cell_len(str(cell)))
+        super().add_row(*cells, **options)
+
+
 def _table(*columns: str) -> Table:
-    """A trailing `>` sets a column to the right. Only what is prose folds: names and figures stay whole."""
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    """A trailing `>` sets a column to the right."""
+    table = _Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         title = column.rstrip(">")
         prose = title in ("Reason", "Alarms")
@@ -225,7 +236,7 @@ def _table(*columns: str) -> Table:
             justify="right" if column.endswith(">") else "left",
             overflow="fold",
             no_wrap=not prose,
-            min_width=24 if prose else None,
+            min_width=24 if prose else cell_len(title),
         )
     return table
 

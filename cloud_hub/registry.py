@@ -6,6 +6,7 @@ Source: ARCHITECTURE.md, "The link": certificate CN = client id = topic segment;
 """
 
 import hashlib
+import logging
 import secrets
 from collections.abc import Iterable
 
@@ -19,6 +20,8 @@ from cloud_hub.files import write_whole
 from fleet_link.errors import SiteError
 from fleet_link.tokens import EnrolmentToken
 from fleet_link.topics import HUB, ROOT, Direction, is_device_id
+
+log = logging.getLogger(__name__)
 
 
 class NotFoundError(SiteError):
@@ -36,6 +39,7 @@ def add_site(session: Session, site: str, *, now: float) -> Site:
     row = Site(site=site, created_at=now)
     session.add(row)
     session.flush()
+    log.info("site %s: added", site)
     return row
 
 
@@ -49,6 +53,7 @@ def add_device(session: Session, device: str, site: str, *, now: float) -> Devic
     row = Device(device=device, site=site, created_at=now)
     session.add(row)
     session.flush()
+    log.info("device %s: added at site %s", device, site)
     return row
 
 
@@ -73,6 +78,7 @@ def revoke(session: Session, device: str, *, now: float) -> None:
     """
     row = find_device(session, device)
     row.revoked_at = row.revoked_at or now
+    log.warning("device %s: revoked", device)
     session.execute(
         update(Certificate).where(Certificate.device == device, Certificate.revoked_at.is_(None)).values(revoked_at=now)
     )

@@ -111,6 +111,15 @@ def run_doctor(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = Fals
         raise typer.Exit(1)
 
 
+@app.command("resend")
+def resend(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Try results again that the PACS had refused, after it was put right."""
+    from edge_agent import delivery
+
+    count = delivery.retry_refused(database.connect(configuration.load(config).box.data_dir), time.time())
+    out.print(f"{count} results wait for the PACS again.")
+
+
 @user_app.command("add")
 def add_user(
     name: Annotated[str, typer.Argument(help="The name to sign in with; kept with each verdict.")],
@@ -129,6 +138,23 @@ def add_user(
     db = database.connect(configuration.load(config).box.data_dir)
     users.add_user(db, name, password, time.time())
     out.print(f"{name} may sign in.")
+
+
+@user_app.command("remove")
+def remove_user(
+    name: Annotated[str, typer.Argument(help="Who may no longer sign in; open sessions end, verdicts stay.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Take a radiologist's access away."""
+    users.remove_user(database.connect(configuration.load(config).box.data_dir), name)
+    out.print(f"{name} may no longer sign in.")
+
+
+@user_app.command("list")
+def list_users(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Who may sign in."""
+    for name in users.names(database.connect(configuration.load(config).box.data_dir)):
+        out.print(name)
 
 
 def main() -> None:

@@ -112,6 +112,7 @@ def serve_review(config: Config, stop: Event) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # else a local caller could forge addresses and pass the login brake
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(settings)

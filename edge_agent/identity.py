@@ -24,7 +24,7 @@ from fleet_link.errors import LinkError, SiteError, TrustError
 
 MAX_REPLY_BYTES = 1024 * 1024
 TIMEOUT_S = 20.0
-NEW_TOKEN = "make a new token on the hub: `fleet device add DEVICE --site SITE`"  # noqa: S105 - advice, no secret
+NEW_TOKEN = "ask for a new token on the hub: `fleet device token DEVICE`"  # noqa: S105 - advice, no secret
 
 
 class HubAddress(msgspec.Struct, frozen=True):

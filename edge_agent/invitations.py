@@ -6,6 +6,8 @@ Source: ARCHITECTURE.md, "The link": "The site decides".
 """
 
 import sqlite3
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 from edge_agent import bundles, learn, ledger, policy, rounds
@@ -13,6 +15,8 @@ from edge_agent.config import Config
 from edge_agent.ledger import Outcome, Round
 from edge_agent.rounds import Event, State
 from fleet_link.messages import RoundPlan
+
+SETTLING_S = 60.0  # verdicts given just before the invitation become examples first
 
 
 def take(db: sqlite3.Connection, config: Config, plan: RoundPlan, now: float) -> None:
@@ -47,6 +51,15 @@ def _judge(db: sqlite3.Connection, config: Config, invited: Round, now: float) -
     if not facts.base_here and bundles.is_coming(db, plan.base_digest) and now < plan.deadline_unix_s:
         return
     reason = policy.may_join(plan, config.policy, facts, now)
+    if reason and _is_too_early(db, config, invited, facts, now):
+        return
     event = Event.REFUSED_HERE if reason else Event.ADMITTED
     outcome = Outcome(examples=facts.train_examples, reason=reason)
     ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)
+
+
+def _is_too_early(db: sqlite3.Connection, config: Config, invited: Round, facts: policy.Facts, now: float) -> bool:
+    """True while nothing but examples is missing and the learner still makes some."""
+    if now >= invited.changed_at + SETTLING_S or not learn.has_uncollected(db):
+        return False
+    return not policy.may_join(invited.plan, config.policy, replace(facts, train_examples=sys.maxsize), now)

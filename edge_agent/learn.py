@@ -99,6 +99,11 @@ def collect(db: sqlite3.Connection, data_dir: Path, manifest: Manifest, heldout_
     return changed
 
 
+def has_uncollected(db: sqlite3.Connection) -> bool:
+    """True while a verdict has not become an example; one that never can also counts."""
+    return db.execute(NEWEST_REVIEWS + " LIMIT 1").fetchone() is not None
+
+
 def examples(db: sqlite3.Connection, modalities: Sequence[str], split: str) -> list[Example]:
     rows = db.execute(
         "SELECT series_no, modality, label, split, path FROM examples WHERE split = ? ORDER BY series_no", (split,)

@@ -33,6 +33,7 @@ class Round:
     examples: int
     update_path: str
     reason: str
+    changed_at: float
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ def _store(db: sqlite3.Connection, before: Round, state: State, outcome: Outcome
         examples=before.examples if outcome.examples is None else outcome.examples,
         update_path=before.update_path if outcome.update_path is None else outcome.update_path,
         reason=before.reason if outcome.reason is None else outcome.reason[:MAX_REASON_CHARACTERS],
+        changed_at=now,
     )
     db.execute(
         "UPDATE rounds SET state = ?, examples = ?, update_path = ?, reason = ?, changed_at = ? WHERE round_id = ?",
-        (after.state, after.examples, after.update_path, after.reason, now, after.round_id),
+        (after.state, after.examples, after.update_path, after.reason, after.changed_at, after.round_id),
     )
     return after
 
@@ -171,4 +173,12 @@ def _round(row: sqlite3.Row) -> Round:
     plan = messages.decode(row["plan"])
     if not isinstance(plan, RoundPlan):
         raise msgspec.ValidationError(f"round {row['round_id']} holds no plan")
-    return Round(row["round_id"], State(row["state"]), plan, row["examples"], row["update_path"], row["reason"])
+    return Round(
+        row["round_id"],
+        State(row["state"]),
+        plan,
+        row["examples"],
+        row["update_path"],
+        row["reason"],
+        row["changed_at"],
+    )

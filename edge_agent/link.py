@@ -123,7 +123,7 @@ class Conversation:
             self._guarded(self._keep_house, now)
         self._guarded(self._transfers.receive_due, now)
         if self._bus.connected:
-            self._guarded(self._transfers.send_due, now)
+            self._guarded(self._transfers.send_due)
 
     def close(self) -> None:
         self._transfers.close()
@@ -157,7 +157,7 @@ class Conversation:
             case TransferOffer():
                 self._transfers.on_offer(message)
             case TransferProgress():
-                self._transfers.on_progress(message, now)
+                self._transfers.on_progress(message)
             case TransferReceipt():
                 self._transfers.on_receipt(message, now)
             case Receipt():

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,19 +82,20 @@ class Transfers:
         )
         self._outgoing[row["transfer_id"]] = chunks.Outgoing(path, offer)
 
-    def send_due(self, now: float) -> None:
+    def send_due(self) -> None:
         """Offers, and as many chunks as window and queue take."""
+        moment = time.monotonic()  # a clock that is set back must not hold up a transfer
         for outgoing in self._outgoing.values():
-            if outgoing.offer_due(now):
+            if outgoing.offer_due(moment):
                 self._say(outgoing.offer)
-            for _, frame in outgoing.due(now):
+            for _, frame in outgoing.due(moment):
                 if not self._send_chunk(frame):
                     return
 
-    def on_progress(self, progress: TransferProgress, now: float) -> None:
+    def on_progress(self, progress: TransferProgress) -> None:
         outgoing = self._outgoing.get(progress.transfer_id)
         if outgoing is not None:
-            outgoing.on_progress(progress, now)
+            outgoing.on_progress(progress, time.monotonic())
 
     def on_receipt(self, receipt: TransferReceipt, now: float) -> None:
         """The hub has the update and has counted it, or refuses it for good."""
@@ -131,7 +133,7 @@ class Transfers:
             if incoming.complete:
                 del self._incoming[transfer_id]
                 self._finish(incoming, now)
-            elif incoming.progress_due(now):
+            elif incoming.progress_due(time.monotonic()):
                 self._say(TransferProgress(
                     message_id=ledger.message_id("progress", transfer_id, now),
                     transfer_id=transfer_id,

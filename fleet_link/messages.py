@@ -14,9 +14,10 @@ from fleet_link.errors import LinkError
 
 MAX_MESSAGE_BYTES = 96 * 1024  # managed brokers cap a packet at 128 KB; room for the envelope
 
-Name = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]*$")]
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-TransferId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
+# \Z, not $: Python's $ also accepts a newline at the end.
+Name = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]*\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+TransferId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Text = Annotated[str, Meta(max_length=500)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -70,13 +71,13 @@ class RoundPlan(Message, frozen=True, kw_only=True):
     base_digest: Digest
     rule: Literal["fedavg"]
     trainable: Literal["all", "heads"]
-    clip_norm: Annotated[float, Meta(gt=0.0)]
+    clip_norm: Annotated[float, Meta(gt=0.0, le=1e9)]
     epochs: Annotated[int, Meta(ge=1, le=1000)]
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
     min_examples: Count
     seed: Count
     sealing_key: Annotated[bytes, Meta(min_length=32, max_length=4096)]
-    deadline_unix_s: float
+    deadline_unix_s: Annotated[float, Meta(ge=0.0, le=1e11)]  # bounds also refuse NaN and infinity
 
 
 class RoundAnswer(Message, frozen=True, kw_only=True):

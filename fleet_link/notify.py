@@ -56,7 +56,7 @@ def set_up_logging(level: str) -> None:
         handler.setFormatter(_WithoutValues(_FORMAT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     warnings.simplefilter("ignore")  # pydicom's warnings quote the values of elements
-    for chatty in ("pynetdicom", "httpx", "httpcore", "uvicorn.access", "tuf", "pydicom"):
+    for chatty in ("pynetdicom", "httpx", "httpcore", "uvicorn.access", "tuf", "pydicom", "highdicom"):
         logging.getLogger(chatty).setLevel(logging.ERROR)  # their lines may hold patient data or tokens
 
 

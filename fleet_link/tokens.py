@@ -24,9 +24,9 @@ class EnrolmentToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`ca_sha256` pins the hub's CA before the first connection, so the box never trusts on first use."""
 
     device: Name
-    hub_url: Annotated[str, Meta(max_length=300, pattern=r"^https://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~/-]*)?$")]
+    hub_url: Annotated[str, Meta(max_length=300, pattern=r"^https://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~/-]*)?\Z")]
     ca_sha256: Digest  # of the CA certificate's DER bytes
-    secret: Annotated[str, Meta(min_length=20, max_length=200, pattern=r"^[A-Za-z0-9_-]+$")]
+    secret: Annotated[str, Meta(min_length=20, max_length=200, pattern=r"^[A-Za-z0-9_-]+\Z")]
 
     def text(self) -> str:
         return PREFIX + base64.urlsafe_b64encode(msgspec.json.encode(self)).rstrip(b"=").decode("ascii")

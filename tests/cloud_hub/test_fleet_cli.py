@@ -1,5 +1,6 @@
 """`fleet` against a real hub over TLS: tables, JSON, and how each failure ends (text, advice, exit code)."""
 
+import io
 import json
 import threading
 import time
@@ -8,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.measure import Measurement
 from typer.testing import CliRunner
 
-from cloud_hub import database, fleet_cli, terminal
+from cloud_hub import database, fleet_cli, fleet_tables, terminal
 from fleet_link import tokens
 from tests.cloud_hub.hub_support import HttpsHub, free_port, make_hub_files, seed_fleet
 
@@ -104,6 +107,28 @@ def test_every_reading_command_shows_a_table_and_json(seeded: Fleet, words: list
     for word in shown:
         assert word in " ".join(table.out.split())
     assert seeded(*words, "--json").value
+
+
+def test_a_narrow_terminal_costs_no_name_or_figure() -> None:
+    row = {
+        "release_version": 12,
+        "state": "everyone",
+        "created_at": 0.0,
+        "round_id": "a-round-with-a-long-name",
+        "bundle_digest": "b" * 64,
+        "size": 4_300_000,
+        "outcomes": {},
+        "accuracy": {"heldout": 40, "before": 0.5, "after": 0.9},
+    }
+    narrow = Console(width=40, force_terminal=True, file=io.StringIO())
+    table = fleet_tables.releases([row])
+    needs = Measurement.get(narrow, narrow.options.update(max_width=10_000), table)
+    wide = Console(width=needs.minimum, file=io.StringIO())
+    wide.print(table)
+    assert isinstance(wide.file, io.StringIO)
+    shown = wide.file.getvalue()
+    for word in ("a-round-with-a-long-name", "v12", "4.1 MiB", "50% → 90% of 40", "Held-out accuracy"):
+        assert word in shown
 
 
 def test_revoking_asks_first(seeded: Fleet) -> None:

@@ -140,9 +140,10 @@ def test_killed_at_any_write_the_old_release_is_whole_and_the_next_try_ends_it(
         if len(written) == write + 1:
             raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(releases, "write_whole", write_then_die)
-        repository.publish(candidate, round_id="r0001", now=NOW)
+        with pytest.raises(Killed):
+            repository.publish(candidate, round_id="r0001", now=NOW)
     after_crash = Repository(hub.config.paths)
     published = [release.release_version for release in after_crash.listed()]
     assert published == ([1, 2] if written[3:] else [1])  # the timestamp is the fourth and last
@@ -163,9 +164,10 @@ def test_killed_init_is_completed_by_the_next(tmp_path: Path, monkeypatch: pytes
         written.append(path.name)
         files.write_whole(path, content, mode=mode)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(releases, "write_whole", write_then_die)
-        releases.init(made.config, SHIPPED, now=NOW)
+        with pytest.raises(Killed):
+            releases.init(made.config, SHIPPED, now=NOW)
     releases.init(made.config, SHIPPED, now=NOW)
     repository = Repository(made.config.paths)
     (first,) = repository.listed()

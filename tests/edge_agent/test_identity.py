@@ -24,6 +24,8 @@ from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.tokens import EnrolmentToken
 from tests.fleet_link.mosquitto_support import TestAuthority, free_port, write_identity
 
+pytestmark = pytest.mark.slow
+
 SECRET = "s" * 32
 ROOT = b'{"signed": "root"}'
 
@@ -78,7 +80,9 @@ class EstTwin:
         name, key = pki.read_csr(base64.b64decode(await request.body()))
         self.issued += 1
         issuer = self.issue_by or self.authority
-        return _pkcs7(_certify(issuer, self.issue_to or name, self.issue_for_key.public_key() if self.issue_for_key else key))
+        return _pkcs7(
+            _certify(issuer, self.issue_to or name, self.issue_for_key.public_key() if self.issue_for_key else key)
+        )
 
 
 def _certify(issuer: TestAuthority, name: str, key: ec.EllipticCurvePublicKey) -> x509.Certificate:
@@ -202,7 +206,9 @@ def test_a_bootstrap_for_another_device_is_refused(hub: EstTwin, data_dir: Path)
         identity.enroll(hub.token(), data_dir)
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"device": "box-1", "mqtt_host": "h", "mqtt_port": 70000, "tuf_root": "e30="}'])
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"{}", b'{"device": "box-1", "mqtt_host": "h", "mqtt_port": 70000, "tuf_root": "e30="}']
+)
 def test_a_bootstrap_that_is_none(hub: EstTwin, data_dir: Path, body: bytes) -> None:
     hub.bootstrap_body = body
     with pytest.raises(LinkError, match="not understood"):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from edge_agent import learn, ledger, update
+from edge_agent import learn, ledger
 from edge_agent.learner import Learner
 from edge_agent.rounds import Event, State
 from fleet_link import sealing
@@ -157,6 +157,7 @@ def test_a_child_that_fails_says_why(tmp_path: Path, script: str, reason: str) -
         learn.run_child(["sh", "-c", script], tmp_path, 60.0, lambda: False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not installed")
 def test_the_child_dies_with_a_killed_box(tmp_path: Path) -> None:
     program = (
@@ -308,7 +309,7 @@ def test_reviews_become_an_update_that_the_hub_can_open(tmp_path: Path, authorit
         learner(box).step(box.db, Never())  # type: ignore[arg-type]
         assert box.rows("rounds")[0]["reason"] == ""
         assert box.state_of("round-1") == State.UPLOADING
-        (transfer,) = [row for row in box.rows("transfers_out")][-1:]
+        transfer = box.rows("transfers_out")[-1]
         sealed = (box.data_dir / transfer["path"]).read_bytes()
         found = ledger.find(box.db, "round-1")
         assert found is not None
@@ -320,9 +321,8 @@ def test_reviews_become_an_update_that_the_hub_can_open(tmp_path: Path, authorit
     names = delta.trainable_names(base.weights, "all")
     decoded = delta.decode(payloads[0], {name: base.weights[name].shape for name in names})
     assert payloads[0] == payloads[1]
-    assert 0.0 < delta.norm(decoded)
+    assert delta.norm(decoded) > 0.0
     assert opened.examples == len([row for row in box.rows("examples") if row["split"] == "train"])
-    assert update.build(base.weights, base.weights, found.plan, box.enrolled.identity, 1).norm_before_clip == 0.0
 
 
 def test_a_volume_is_what_decode_gives(box: Box) -> None:

@@ -434,9 +434,7 @@ def test_a_plan_that_the_hub_did_not_sign_is_refused(house: House, who: str) -> 
 
 def test_a_changed_message_is_refused(house: House) -> None:
     house.start_link()
-    sealed = envelope.seal(
-        house.hub.identity, DEVICE, house.plan(), sequence=int(time.time() * 1e6), now=time.time()
-    )
+    sealed = envelope.seal(house.hub.identity, DEVICE, house.plan(), sequence=int(time.time() * 1e6), now=time.time())
     house.hub.put(sealed.replace(b"round-1", b"round-2"))
     house.until(lambda: "signature" in house.alarms())
     assert house.box.rows("rounds") == []
@@ -477,7 +475,13 @@ def test_an_unknown_receipt_and_an_unknown_progress_change_nothing(house: House)
 def test_an_update_offer_from_the_hub_is_refused(house: House) -> None:
     house.start_link()
     offer = TransferOffer(
-        message_id="1" * 32, transfer_id="1" * 32, kind="update", subject="round-1", sha256="a" * 64, size=5, chunk_bytes=1024
+        message_id="1" * 32,
+        transfer_id="1" * 32,
+        kind="update",
+        subject="round-1",
+        sha256="a" * 64,
+        size=5,
+        chunk_bytes=1024,
     )
     house.hub.say(offer)
     house.until(lambda: house.hub.of(TransferReceipt))

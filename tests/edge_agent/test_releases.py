@@ -72,7 +72,10 @@ def add_heldout(box: Box, count: int) -> None:
     for number in range(count):
         bright = number % 2 == 0
         series_no = box.add_reviewed(f"h{number}", bright=bright, label="nodule" if bright else "normal")
-        box.db.execute("INSERT INTO examples VALUES (?, ?, 'XR', ?, 'heldout', 'x')", (series_no, series_no, "nodule" if bright else "normal"))
+        box.db.execute(
+            "INSERT INTO examples VALUES (?, ?, 'XR', ?, 'heldout', 'x')",
+            (series_no, series_no, "nodule" if bright else "normal"),
+        )
 
 
 # --- offers ---------------------------------------------------------------------------------------
@@ -261,9 +264,18 @@ def test_a_heldout_case_that_cannot_be_read_does_not_count(box: Box, hub: Releas
 
 @pytest.mark.parametrize(
     ("heldout", "before", "after", "worse"),
-    [(0, 0, 0, False), (10, 10, 9, False), (10, 10, 8, True), (40, 40, 38, False), (40, 40, 37, True), (9, 3, 9, False)],
+    [
+        (0, 0, 0, False),
+        (10, 10, 9, False),
+        (10, 10, 8, True),
+        (40, 40, 38, False),
+        (40, 40, 37, True),
+        (9, 3, 9, False),
+    ],
 )
-def test_clearly_worse_is_more_than_one_case_and_five_points(heldout: int, before: int, after: int, worse: bool) -> None:
+def test_clearly_worse_is_more_than_one_case_and_five_points(
+    heldout: int, before: int, after: int, worse: bool
+) -> None:
     assert Evaluation(heldout, before, after).is_clearly_worse is worse
 
 

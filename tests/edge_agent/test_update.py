@@ -13,8 +13,16 @@ from models import delta
 from tests.edge_agent.link_support import make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
-BEFORE = {"head.weight": np.zeros(4, np.float32), "body.weight": np.zeros(2, np.float32), "ood_mean": np.ones(2, np.float32)}
-AFTER = {"head.weight": np.full(4, 2.0, np.float32), "body.weight": np.full(2, 1.0, np.float32), "ood_mean": np.ones(2, np.float32)}
+BEFORE = {
+    "head.weight": np.zeros(4, np.float32),
+    "body.weight": np.zeros(2, np.float32),
+    "ood_mean": np.ones(2, np.float32),
+}
+AFTER = {
+    "head.weight": np.full(4, 2.0, np.float32),
+    "body.weight": np.full(2, 1.0, np.float32),
+    "ood_mean": np.ones(2, np.float32),
+}
 AUTHORITY = TestAuthority()
 BOX = AUTHORITY.issue("box-1")
 
@@ -39,7 +47,9 @@ def test_the_hub_opens_the_delta_of_what_was_trained(tmp_path: Path) -> None:
 
 def test_the_delta_is_clipped(tmp_path: Path) -> None:
     _, update_ = opened(tmp_path, clip_norm=0.5)
-    assert delta.norm(delta.decode(update_.payload, {"head.weight": (4,), "body.weight": (2,)})) == pytest.approx(0.5, rel=0.01)
+    assert delta.norm(delta.decode(update_.payload, {"head.weight": (4,), "body.weight": (2,)})) == pytest.approx(
+        0.5, rel=0.01
+    )
 
 
 def test_heads_only_sends_heads_only(tmp_path: Path) -> None:
@@ -63,7 +73,9 @@ def test_each_device_rounds_with_its_own_noise() -> None:
 
 def test_nan_is_not_sealed() -> None:
     with pytest.raises(SiteError, match="not finite"):
-        update.build(BEFORE, AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}, make_plan("a" * 64, b"k"), BOX, 5)
+        update.build(
+            BEFORE, AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}, make_plan("a" * 64, b"k"), BOX, 5
+        )
 
 
 def test_a_missing_tensor_is_not_sealed() -> None:

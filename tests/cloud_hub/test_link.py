@@ -1,0 +1,331 @@
+"""The hub's end of the link, over a real Mosquitto with mutual TLS: rounds, releases and everything it must refuse."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cloud_hub import registry
+from cloud_hub.broker import Broker
+from cloud_hub.database import Device, DeviceRelease, Refusal, Transfer
+from cloud_hub.distribution import Distribution
+from cloud_hub.link import Link, Parts, open_bus
+from cloud_hub.rollout import Stage
+from fleet_link import envelope
+from fleet_link.bus import BusConfig
+from fleet_link.messages import Receipt, ReleaseOffer, RoundClosed, RoundPlan
+from fleet_link.pki import load_identity
+from models.bundle import SHIPPED, file_digest
+from tests.cloud_hub.box_twin import BoxTwin, new_id, until
+from tests.cloud_hub.hub_support import needs_mosquitto
+from tests.cloud_hub.round_support import RoundHub, make_round_hub, needs_bundle
+
+pytestmark = [needs_bundle, needs_mosquitto, pytest.mark.slow]
+SHIPPED_DIGEST = file_digest(SHIPPED) if SHIPPED.exists() else ""
+
+
+class LinkedHub:
+    """Broker, link and boxes, driven step by step by the test."""
+
+    def __init__(self, rounds: RoundHub) -> None:
+        self.rounds = rounds
+        self.config = rounds.files.config
+        self.database = rounds.files.database
+        self.broker = Broker(self.config, write_access=rounds.files.write_access, on_refused=lambda reason: None)
+        self.broker.start()
+        self.boxes: dict[str, BoxTwin] = {}
+        self.connect()
+
+    def connect(self) -> None:
+        paths = self.config.paths
+        self.bus = open_bus(self.config)
+        self.bus.start()
+        self.distribution = Distribution(self.config, self.database)
+        identity = load_identity(paths.hub_key, paths.hub_certificate)
+        self.link = Link(
+            Parts(self.config, self.database, self.bus, identity, self.rounds.trust, self.rounds.coordinator,
+                  self.distribution, self.rounds.repository, time.time)
+        )  # fmt: skip
+        until(lambda: self.bus.connected)
+
+    def restart(self) -> None:
+        """The hub's process is killed and started again; broker and boxes live on."""
+        self.bus.stop()
+        self.link.close()
+        self.rounds.coordinator.stop()
+        self.rounds.restart()
+        self.connect()
+
+    def add(self, name: str) -> BoxTwin:
+        paths = self.config.paths
+        folder = self.rounds.folder
+        files = BusConfig(
+            host="localhost", port=self.config.broker.port, name=name, ca_path=paths.ca_certificate,
+            certificate_path=folder / f"{name}.pem", key_path=folder / f"{name}.key",
+        )  # fmt: skip
+        identity = self.rounds.boxes[name].identity
+        box = BoxTwin(identity, files, self.rounds.trust, folder, SHIPPED_DIGEST)
+        self.boxes[name] = box
+        until(lambda: box.bus.connected)
+        return box
+
+    def step(self) -> None:
+        self.rounds.now = time.time()
+        self.link.step()
+        self.link.tick(self.rounds.coordinator.tick(time.time()))
+        for box in self.boxes.values():
+            box.step()
+
+    def until(self, condition: object) -> None:
+        until(condition, self.step)  # type: ignore[arg-type]
+
+    def refusals(self, device: str) -> list[str]:
+        with self.database.reading() as session:
+            return [row.reason for row in session.query(Refusal).filter_by(device=device)]
+
+    def close(self) -> None:
+        for box in self.boxes.values():
+            box.close()
+        self.bus.stop()
+        self.link.close()
+        self.rounds.coordinator.stop()
+        self.broker.stop()
+        self.database.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LinkedHub]:
+    made = LinkedHub(make_round_hub(tmp_path, "a", "b"))
+    for name in "ab":
+        made.add(name)
+    yield made
+    made.close()
+
+
+def device(hub: LinkedHub, name: str) -> Device:
+    with hub.database.reading() as session:
+        return session.get_one(Device, name)
+
+
+def test_round_and_release_over_the_wire(hub: LinkedHub) -> None:
+    a, b = hub.boxes["a"], hub.boxes["b"]
+    for box in (a, b):
+        box.heartbeat()
+    hub.until(lambda: device(hub, "a").last_seen_at and device(hub, "b").last_seen_at)
+    plan = hub.rounds.start()
+    hub.until(lambda: a.of(RoundPlan) and b.of(RoundPlan))
+    assert a.of(RoundPlan)[0] == plan
+    for box in (a, b):
+        box.answer("r0001")
+    hub.until(lambda: a.of(Receipt) and b.of(Receipt))
+    transfers = {box: box.upload("r0001", hub.rounds.boxes[box.name].seal(plan, 0.01)) for box in (a, b)}
+    hub.until(lambda: all(box.verdicts(transfers[box]) for box in (a, b)))
+    assert [box.verdicts(transfers[box]) for box in (a, b)] == [[(True, "")], [(True, "")]]
+    for box in (a, b):
+        box.heartbeat()
+    hub.until(lambda: a.of(RoundClosed) and b.of(RoundClosed))
+    assert a.of(RoundClosed)[0].outcome == "released"
+    # The canary is offered it, fetches it, reports; only then everybody is.
+    hub.until(lambda: a.of(ReleaseOffer))
+    offer = a.of(ReleaseOffer)[0]
+    a.request(offer.bundle_digest)
+    hub.until(lambda: a.bundles)
+    assert file_digest(a.bundles[0]) == offer.bundle_digest
+    assert not b.of(ReleaseOffer)
+    a.report(2, offer.bundle_digest, "activated", heldout=8)
+    a.bundle_digest, a.release_version = offer.bundle_digest, 2
+    a.heartbeat()
+    hub.until(lambda: b.of(ReleaseOffer))
+    with hub.database.reading() as session:
+        row = session.get_one(DeviceRelease, ("a", 2))
+        assert (row.outcome, row.heldout) == ("activated", 8)
+        states = {(t.device, t.direction): t.state for t in session.query(Transfer)}
+    assert states == {("a", "in"): "done", ("b", "in"): "done", ("a", "out"): "done"}
+
+
+def test_canary_that_refuses_halts_the_release_where_the_operator_sees_it(hub: LinkedHub) -> None:
+    a, b = hub.boxes["a"], hub.boxes["b"]
+    plan = hub.rounds.start()
+    hub.rounds.join("a", "b")
+    for name in "ab":
+        hub.rounds.deliver(name, hub.rounds.boxes[name].seal(plan, 0.01))
+    for box in (a, b):
+        box.heartbeat()
+    hub.until(lambda: a.of(ReleaseOffer))
+    a.report(2, a.of(ReleaseOffer)[0].bundle_digest, "refused", "clearly worse here")
+    hub.until(lambda: getattr(hub.rounds.release(2), "state", "") == Stage.HALTED)
+    assert hub.refusals("") == ["2: canary a refused: clearly worse here"]
+    b.heartbeat()
+    for _ in range(5):
+        hub.step()
+    assert not b.of(ReleaseOffer)
+
+
+def test_plan_is_said_again_until_it_is_answered(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.heartbeat()
+    hub.rounds.start()
+    hub.until(lambda: a.of(RoundPlan))
+    hub.link._owed["a"] = 0.0  # resend_s later
+    hub.until(lambda: len(a.of(RoundPlan)) == 2)
+    a.answer("r0001")
+    hub.until(lambda: a.of(Receipt))
+    hub.link._owed["a"] = 0.0
+    a.heartbeat()
+    for _ in range(5):
+        hub.step()
+    assert len(a.of(RoundPlan)) == 2
+
+
+def test_hub_restarted_in_mid_round_goes_on(hub: LinkedHub) -> None:
+    a, b = hub.boxes["a"], hub.boxes["b"]
+    a.heartbeat()
+    plan = hub.rounds.start()
+    hub.until(lambda: a.of(RoundPlan))
+    hub.restart()
+    b.heartbeat()
+    hub.until(lambda: b.of(RoundPlan))
+    for box in (a, b):
+        box.answer("r0001")
+    hub.until(lambda: a.of(Receipt) and b.of(Receipt))
+    transfer = a.upload("r0001", hub.rounds.boxes["a"].seal(plan, 0.01))
+    hub.until(lambda: a.verdicts(transfer))
+    hub.restart()
+    transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
+    hub.until(lambda: b.verdicts(transfer))
+    hub.until(lambda: hub.rounds.round().state == "released")
+
+
+def test_receipt_that_was_lost_is_given_again(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    plan = hub.rounds.start()
+    hub.rounds.join("a", "b")
+    blob = hub.rounds.boxes["a"].seal(plan, 0.01)
+    for _ in range(2):
+        transfer = a.upload("r0001", blob)
+        hub.until(lambda transfer=transfer: a.verdicts(transfer))
+        assert a.verdicts(transfer) == [(True, "")]
+    assert hub.rounds.member("a").state == "delivered"
+
+
+def test_round_that_the_hub_does_not_know_is_closed(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.round_state["r0042"] = "uploading"
+    a.heartbeat()
+    hub.until(lambda: a.of(RoundClosed))
+    assert (a.of(RoundClosed)[0].round_id, a.of(RoundClosed)[0].outcome) == ("r0042", "dropped")
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_update_with_a_wrong_digest_or_content_is_refused_and_the_other_counted(hub: LinkedHub) -> None:
+    a, b = hub.boxes["a"], hub.boxes["b"]
+    plan = hub.rounds.start(min_devices=1)
+    hub.rounds.join("a", "b")
+    blob = hub.rounds.boxes["a"].seal(plan, 0.01)
+    transfer = a.upload("r0001", blob, sha256="0" * 64)
+    hub.until(lambda: a.verdicts(transfer))
+    assert a.verdicts(transfer)[0][0] is False
+    assert "digest" in a.verdicts(transfer)[0][1].lower() or "sha" in a.verdicts(transfer)[0][1].lower()
+    transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
+    hub.until(lambda: b.verdicts(transfer))
+    assert b.verdicts(transfer) == [(True, "")]
+    assert (hub.rounds.member("a").state, hub.rounds.member("b").state) == ("refused", "delivered")
+    assert hub.refusals("a")
+    hub.until(lambda: hub.rounds.round().state == "released")
+
+
+def test_forged_message_is_refused(hub: LinkedHub) -> None:
+    a, b = hub.boxes["a"], hub.boxes["b"]
+    a.say(hello(a), identity=b.identity)
+    hub.until(lambda: hub.refusals("a"))
+    assert device(hub, "a").last_sequence == 0
+
+
+def test_changed_message_is_refused(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    sealed = envelope.seal(a.identity, "hub", hello(a), sequence=5, now=time.time())
+    a.send_raw(sealed.replace(b"r0001", b"r0002"))
+    hub.until(lambda: hub.refusals("a"))
+    assert "signature" in hub.refusals("a")[0]
+
+
+def test_replayed_message_is_refused_also_after_a_restart(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    hub.rounds.start()
+    sealed = a.say(hello(a))
+    hub.until(lambda: a.of(Receipt))
+    a.send_raw(sealed)
+    hub.until(lambda: hub.refusals("a"))
+    assert "was seen before" in hub.refusals("a")[0]
+    hub.restart()
+    a.send_raw(sealed)
+    hub.until(lambda: count(hub, "a") == 2)
+    assert len(a.of(Receipt)) == 1
+
+
+def test_old_message_is_refused(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.send_raw(envelope.seal(a.identity, "hub", hello(a), sequence=5, now=time.time() - 3600))
+    hub.until(lambda: hub.refusals("a"))
+
+
+def test_revoked_device_is_refused_at_once_whatever_the_broker_does(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    with hub.database.writing() as session:
+        registry.revoke(session, "a", now=time.time())
+    a.heartbeat()
+    hub.until(lambda: hub.refusals("a"))
+    assert hub.refusals("a") == ["a revoked device still speaks"]
+    assert device(hub, "a").last_seen_at is None
+
+
+def test_message_that_only_the_hub_says_is_refused(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.say(RoundClosed(message_id=new_id(), round_id="r0001", outcome="dropped"))
+    a.send_raw(b"garbage")
+    hub.until(lambda: len(hub.refusals("a")) == 2)
+    assert "which only the hub says" in hub.refusals("a")[0]
+
+
+def test_bundle_that_is_not_offered_is_not_sent(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.request("0" * 64)
+    hub.until(lambda: hub.refusals("a"))
+    assert "is not offered to a" in hub.refusals("a")[0]
+
+
+def test_report_on_an_unknown_release_is_refused_with_a_receipt(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.report(7, "0" * 64, "activated")
+    hub.until(lambda: a.of(Receipt))
+    assert (a.of(Receipt)[0].accepted, a.of(Receipt)[0].reason[:21]) == (False, "there is no release 7")
+    assert hub.refusals("a")
+
+
+def test_garbage_chunks_disturb_nobody(hub: LinkedHub) -> None:
+    a, b = hub.boxes["a"], hub.boxes["b"]
+    plan = hub.rounds.start(min_devices=1)
+    hub.rounds.join("a", "b")
+    transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
+    from fleet_link.topics import Channel, Direction, Topic
+
+    for junk in (b"", b"short", bytes(100), bytes(60_000)):
+        a.bus.publish_chunk(Topic(Direction.UP, "a", Channel.CHUNK), junk)
+    hub.until(lambda: b.verdicts(transfer))
+    assert b.verdicts(transfer) == [(True, "")]
+    assert hub.refusals("a")
+
+
+def hello(box: BoxTwin) -> msgspec.Struct:
+    from fleet_link.messages import RoundAnswer
+
+    return RoundAnswer(message_id=new_id(), round_id="r0001", joins=True, examples=20)
+
+
+def count(hub: LinkedHub, name: str) -> int:
+    with hub.database.reading() as session:
+        return sum(row.count for row in session.query(Refusal).filter_by(device=name))

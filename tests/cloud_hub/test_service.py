@@ -1,0 +1,243 @@
+"""`hub run` as a process: starts, stops, is killed at every hand-over of a round, and ends the round all the same."""
+
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from cloud_hub import ca, database, setup
+from fleet_link.bus import BusConfig
+from fleet_link.messages import Receipt, ReleaseOffer, RoundClosed, RoundPlan
+from fleet_link.pki import Trust, load_identity
+from models.bundle import SHIPPED, file_digest
+from tests.cloud_hub.box_twin import BoxTwin, until
+from tests.cloud_hub.hub_support import HubFiles, free_port, needs_mosquitto
+from tests.cloud_hub.round_support import Box, needs_bundle
+
+pytestmark = [needs_bundle, needs_mosquitto, pytest.mark.slow]
+
+
+class HubProcess:
+    """A hub made by `hub init`'s code and run by `hub run`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        wish = setup.Wish(folder / "hub", "localhost", free_port(), free_port(), "127.0.0.1", SHIPPED)
+        self.config = setup.initialise(wish, now=time.time())
+        paths = self.config.paths
+        self.files = HubFiles(
+            self.config, database.connect(paths.database), ca.load(paths.ca_key, paths.ca_certificate)
+        )
+        self.child: subprocess.Popen[bytes] | None = None
+        self.boxes: list[BoxTwin] = []
+
+    def start(self) -> None:
+        self.child = self.spawn()
+        until(self.answers, lambda: time.sleep(0.05))
+
+    def spawn(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-c", "from cloud_hub.cli import main; main()", "run", "--config"]
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen([*command, str(self.folder / "hub" / "hub.toml")], stdout=log, stderr=log)
+
+    def answers(self) -> bool:
+        assert self.child is not None
+        assert self.child.poll() is None, self.log()
+        try:
+            return bool(self.api("GET", "/status")["broker_running"])
+        except httpx.TransportError:
+            return False
+
+    def api(self, method: str, path: str, body: object = None) -> dict[str, object]:
+        token = self.config.paths.admin_token.read_text().strip()
+        trust = ssl.create_default_context(cafile=str(self.config.paths.ca_certificate))
+        with httpx.Client(verify=trust, headers={"Authorization": f"Bearer {token}"}) as client:
+            answer = client.request(method, f"{self.config.url}/api/v1{path}", json=body)
+        assert answer.status_code < 300, answer.text
+        return dict(answer.json())
+
+    def kill(self) -> None:
+        assert self.child is not None
+        self.child.kill()
+        self.child.wait()
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def add_box(self, name: str) -> BoxTwin:
+        self.files.add_device(name)
+        certificate, key = self.files.device_files(self.folder, name)
+        paths = self.config.paths
+        bus = BusConfig("localhost", self.config.broker.port, name, paths.ca_certificate, certificate, key)
+        trust = Trust(paths.ca_certificate.read_bytes())
+        box = BoxTwin(load_identity(key, certificate), bus, trust, self.folder, file_digest(SHIPPED))
+        self.boxes.append(box)
+        return box
+
+    def step_boxes(self) -> None:
+        for box in self.boxes:
+            box.step()
+        time.sleep(0.02)
+
+    def until(self, condition: object) -> None:
+        until(condition, self.step_boxes, within_s=120.0)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        for box in self.boxes:
+            box.close()
+        if self.child is not None and self.child.poll() is None:
+            self.child.kill()
+            self.child.wait()
+        self.files.database.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubProcess]:
+    made = HubProcess(tmp_path)
+    yield made
+    made.close()
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def test_sigterm_ends_everything_cleanly(hub: HubProcess) -> None:
+    hub.start()
+    assert hub.child is not None
+    left = children(hub.child.pid)
+    assert any("mosquitto" in process.name() for process in left)
+    hub.child.send_signal(signal.SIGTERM)
+    assert hub.child.wait(30) == 0
+    assert not [process for process in left if process.is_running()]
+    assert is_free(hub.config.broker.port)
+    assert is_free(hub.config.https.port)
+    assert "Traceback" not in hub.log()
+
+
+def test_second_hub_on_the_same_folder_is_refused(hub: HubProcess) -> None:
+    hub.start()
+    second = hub.spawn()
+    assert second.wait(60) == 3
+    assert "a hub runs on" in hub.log()
+    assert hub.answers()
+
+
+def test_taken_port_is_named_and_nothing_is_left_behind(hub: HubProcess) -> None:
+    with socket.create_server(("127.0.0.1", hub.config.https.port)):
+        assert hub.spawn().wait(60) == 3
+    assert f"https.port {hub.config.https.port}" in hub.log()
+    assert is_free(hub.config.broker.port)
+
+
+def test_killed_broker_comes_back(hub: HubProcess) -> None:
+    hub.start()
+    assert hub.child is not None
+    box = hub.add_box("a")
+    hub.files.write_access()
+    (broker,) = [process for process in children(hub.child.pid) if "mosquitto" in process.name()]
+    broker.kill()
+    hub.until(lambda: box.bus.connected)
+    beat(hub, box)
+
+
+def test_hub_killed_at_every_hand_over_ends_the_round_as_if_nothing_had_happened(hub: HubProcess) -> None:
+    hub.start()
+    a, b = hub.add_box("a"), hub.add_box("b")
+    hub.files.write_access()
+    assert hub.child is not None
+    for process in children(hub.child.pid):
+        if "mosquitto" in process.name():
+            process.send_signal(signal.SIGHUP)
+    for box in hub.boxes:
+        beat(hub, box)
+    hub.api(
+        "POST",
+        "/rounds",
+        {"kind": "unsafe_open", "trainable": "heads", "min_devices": 2, "min_examples": 1, "deadline_s": 3600.0},
+    )
+
+    restart(hub)  # invited
+    hub.until(lambda: all(box.of(RoundPlan) for box in hub.boxes))
+    for box in hub.boxes:
+        box.answer("r0001")
+    hub.until(lambda: all(box.of(Receipt) for box in hub.boxes))
+
+    restart(hub)  # training
+    plan = a.of(RoundPlan)[0]
+    transfer = a.upload("r0001", Box("a", a.identity).seal(plan, 0.01))
+    hub.until(lambda: a.verdicts(transfer))
+
+    restart(hub)  # uploading
+    transfer = b.upload("r0001", Box("b", b.identity).seal(plan, 0.03))
+    hub.until(lambda: b.verdicts(transfer))
+    hub.until(lambda: exports(hub))
+
+    export = exports(hub)
+    restart(hub)  # summed, an export was running
+    assert not [process for process in export if process.is_running()]
+    hub.until(lambda: round_state(hub) in ("evaluated", "released"))
+
+    restart(hub)  # evaluated or released
+    hub.until(lambda: round_state(hub) == "released")
+    for box in hub.boxes:
+        box.round_state["r0001"] = "delivered"
+        box.heartbeat()
+    hub.until(lambda: all(box.of(RoundClosed) for box in hub.boxes) and a.of(ReleaseOffer))
+    a.request(a.of(ReleaseOffer)[0].bundle_digest)
+
+    restart(hub)  # the bundle is on its way
+    a.heartbeat()
+    hub.until(lambda: len(a.of(ReleaseOffer)) > 1)
+    a.request(a.of(ReleaseOffer)[0].bundle_digest)
+    hub.until(lambda: a.bundles)
+    releases = hub.api("GET", "/releases")["releases"]
+    assert isinstance(releases, list)
+    assert [(row["release_version"], row["round_id"]) for row in releases] == [(2, "r0001"), (1, None)]
+    assert file_digest(a.bundles[0]) == releases[0]["bundle_digest"]
+    assert list(hub.config.paths.rounds.iterdir()) == []
+    assert "defect" not in hub.log()
+
+
+def exports(hub: HubProcess) -> list[psutil.Process]:
+    assert hub.child is not None
+    return [process for process in children(hub.child.pid) if "models.export" in " ".join(process.cmdline())]
+
+
+def restart(hub: HubProcess) -> None:
+    hub.kill()
+    hub.start()
+    for box in hub.boxes:
+        beat(hub, box)
+
+
+def beat(hub: HubProcess, box: BoxTwin) -> None:
+    """Heartbeats, as often as it takes: what is said while the other side is away is lost."""
+    before = device(hub, box.name)["last_seen_at"]
+
+    def seen() -> bool:
+        box.heartbeat()
+        return device(hub, box.name)["last_seen_at"] != before
+
+    hub.until(seen)
+
+
+def device(hub: HubProcess, name: str) -> dict[str, object]:
+    return hub.api("GET", f"/devices/{name}")
+
+
+def round_state(hub: HubProcess) -> object:
+    return hub.api("GET", "/rounds/r0001")["state"]
