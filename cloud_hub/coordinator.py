@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 GRACE_S = 60.0  # a hub that was away gives the boxes this long to deliver, whatever the deadline
 CANDIDATE = "candidate.bundle"
 REASON_CHARACTERS = 500
-Verdict = tuple[bool, str]  # accepted, reason
 
 
 def start_round(
@@ -166,8 +165,8 @@ class Coordinator:
 
     # --- what boxes say -------------------------------------------------------------------------------
 
-    def answered(self, device: str, answer: RoundAnswer, now: float) -> Verdict:
-        """Store an answer; the same one again is accepted again."""
+    def answered(self, device: str, answer: RoundAnswer, now: float) -> tuple[bool, str]:
+        """Store an answer; the same one again is accepted again. Gives (accepted, reason)."""
         with self._database.writing() as session:
             row = session.get(Round, answer.round_id)
             part = session.get(RoundDevice, (answer.round_id, device))
@@ -311,14 +310,13 @@ class Coordinator:
     def _carry_out(self, round_id: str, now: float) -> None:
         with self._database.reading() as session:
             row = session.get_one(Round, round_id)
-        for command in rounds.commands(State(row.state)):
-            match command:
-                case Command.BUILD:
-                    self._build(row, now)
-                case Command.PUBLISH:
-                    self._publish(row, now)
-                case Command.CLOSE:
-                    self._close(row.round_id)
+        demanded = rounds.commands(State(row.state))
+        if Command.BUILD in demanded:
+            self._build(row, now)
+        if Command.PUBLISH in demanded:
+            self._publish(row, now)
+        if Command.CLOSE in demanded:
+            self._close(row.round_id)
 
     def _build(self, row: Round, now: float) -> None:
         try:

@@ -249,6 +249,11 @@ class Incoming:
         if self._part_file.write(index, payload):
             self._quiet_s = 1.0
 
+    def on_offer(self) -> None:
+        """The sender offers this transfer again: it was restarted or heard nothing. The next `progress_due` is true."""
+        self._news = True
+        self._quiet_s = 1.0
+
     def progress_due(self, now: float) -> bool:
         """True when the bitmap should be published. Asking counts as doing.
 

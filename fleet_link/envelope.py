@@ -5,6 +5,7 @@ Never looks at a message before its signature is good; reads no clock.
 Source: ARCHITECTURE.md, "The link"; ECDSA P-256 with SHA-256 (FIPS 186-5).
 """
 
+import hashlib
 import itertools
 from typing import Annotated, NamedTuple
 
@@ -72,7 +73,7 @@ def seal(identity: Identity, recipient: str, message: AnyMessage, *, sequence: i
         Envelope(
             v=VERSION,
             statement=statement,
-            signature=identity.sign(DOMAIN + statement),
+            signature=identity.sign(_signed_bytes(statement, identity.certificate_der)),
             certificate=identity.certificate_der,
         )
     )
@@ -90,7 +91,8 @@ def open(payload: bytes, trust: Trust, *, sender: str, recipient: str, now: floa
     public_key = trust.check(envelope.certificate, expected_name=sender, now=now)
     # 3. The signature over exactly the bytes that are parsed next.
     try:
-        public_key.verify(envelope.signature, DOMAIN + envelope.statement, ec.ECDSA(SHA256()))
+        signed = _signed_bytes(envelope.statement, envelope.certificate)
+        public_key.verify(envelope.signature, signed, ec.ECDSA(SHA256()))
     except InvalidSignature as error:
         raise TrustError(
             f"signature of a message from {sender} is wrong", advice="the message was changed on its way; it is refused"
@@ -141,6 +143,11 @@ class Sequence:
 
     def next(self) -> int:
         return next(self._numbers)
+
+
+def _signed_bytes(statement: bytes, certificate: bytes) -> bytes:
+    """The certificate is bound too: ECDSA lets anyone write a second valid form, (r, n - s), of the CA's signature."""
+    return DOMAIN + hashlib.sha256(certificate).digest() + statement
 
 
 def _parse(payload: bytes) -> Envelope:

@@ -106,9 +106,15 @@ def parse_certificate(certificate_der: bytes) -> x509.Certificate:
     if len(certificate_der) > MAX_CERTIFICATE_BYTES:
         raise TrustError(f"certificate of {len(certificate_der)} bytes exceeds {MAX_CERTIFICATE_BYTES}")
     try:
-        return x509.load_der_x509_certificate(certificate_der)
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        signature = certificate.signature
     except _UNPARSABLE as error:
         raise TrustError(f"not a certificate: {error}") from error
+    # The signature ends the certificate, after its BIT STRING's count of unused bits. The parser takes 1 to 7 there too
+    # where the signature happens to end in zero bits: other bytes for the same certificate.
+    if not certificate_der.endswith(b"\x00" + signature):
+        raise TrustError("not a certificate: its signature is not whole octets")
+    return certificate
 
 
 def common_name(subject: x509.Name) -> str:

@@ -86,7 +86,7 @@ def seal_update(payload: bytes, *, identity: Identity, plan: RoundPlan, examples
             v=VERSION,
             statement=statement,
             ciphertext=ciphertext,
-            signature=identity.sign(_signed_bytes(statement, ciphertext)),
+            signature=identity.sign(_signed_bytes(statement, ciphertext, identity.certificate_der)),
             certificate=identity.certificate_der,
         )
     )
@@ -100,9 +100,10 @@ def open_update(
     sealed = _parse(blob)
     # 2. The certificate: this fleet's CA, valid at `now`, issued to the sender the topic names.
     public_key = trust.check(sealed.certificate, expected_name=sender, now=now)
-    # 3. The signature over statement and ciphertext.
+    # 3. The signature over statement, ciphertext and certificate.
     try:
-        public_key.verify(sealed.signature, _signed_bytes(sealed.statement, sealed.ciphertext), ec.ECDSA(SHA256()))
+        signed = _signed_bytes(sealed.statement, sealed.ciphertext, sealed.certificate)
+        public_key.verify(sealed.signature, signed, ec.ECDSA(SHA256()))
     except InvalidSignature as error:
         raise TrustError(f"signature of the update from {sender} is wrong") from error
     # 4. Made for this plan by this box.
@@ -171,9 +172,9 @@ def _load_public(public: bytes) -> MLKEM768X25519PublicKey:
         ) from error
 
 
-def _signed_bytes(statement: bytes, ciphertext: bytes) -> bytes:
-    """Two fixed-length digests after the domain: nothing can slide from one part into the other."""
-    return DOMAIN + hashlib.sha256(statement).digest() + hashlib.sha256(ciphertext).digest()
+def _signed_bytes(statement: bytes, ciphertext: bytes, certificate: bytes) -> bytes:
+    """Fixed-length digests after the domain: nothing can slide from one part into the other."""
+    return DOMAIN + b"".join(hashlib.sha256(part).digest() for part in (statement, ciphertext, certificate))
 
 
 def _parse(blob: bytes) -> SealedUpdate:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from cloud_hub import registry
@@ -15,8 +14,9 @@ from cloud_hub.link import Link, Parts, open_bus
 from cloud_hub.rollout import Stage
 from fleet_link import envelope
 from fleet_link.bus import BusConfig
-from fleet_link.messages import Receipt, ReleaseOffer, RoundClosed, RoundPlan
+from fleet_link.messages import Receipt, ReleaseOffer, RoundAnswer, RoundClosed, RoundPlan
 from fleet_link.pki import load_identity
+from fleet_link.topics import Channel, Direction, Topic
 from models.bundle import SHIPPED, file_digest
 from tests.cloud_hub.box_twin import BoxTwin, new_id, until
 from tests.cloud_hub.hub_support import needs_mosquitto
@@ -311,8 +311,6 @@ def test_garbage_chunks_disturb_nobody(hub: LinkedHub) -> None:
     plan = hub.rounds.start(min_devices=1)
     hub.rounds.join("a", "b")
     transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
-    from fleet_link.topics import Channel, Direction, Topic
-
     for junk in (b"", b"short", bytes(100), bytes(60_000)):
         a.bus.publish_chunk(Topic(Direction.UP, "a", Channel.CHUNK), junk)
     hub.until(lambda: b.verdicts(transfer))
@@ -320,9 +318,7 @@ def test_garbage_chunks_disturb_nobody(hub: LinkedHub) -> None:
     assert hub.refusals("a")
 
 
-def hello(box: BoxTwin) -> msgspec.Struct:
-    from fleet_link.messages import RoundAnswer
-
+def hello(box: BoxTwin) -> RoundAnswer:
     return RoundAnswer(message_id=new_id(), round_id="r0001", joins=True, examples=20)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -185,6 +186,16 @@ def write_identity(folder: Path, identity: Identity) -> None:
     )
 
 
+def twin_certificate(certificate_der: bytes) -> bytes:
+    """The same certificate with the CA's signature in its other form, (r, n - s)."""
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
+    signature = x509.load_der_x509_certificate(certificate_der).signature
+    r, s = decode_dss_signature(signature)
+    twin = encode_dss_signature(r, order - s)
+    fields = certificate_der[4:].removesuffix(_tlv(b"\x03", b"\x00" + signature))
+    return _tlv(b"\x30", fields + _tlv(b"\x03", b"\x00" + twin))
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -195,6 +206,15 @@ def free_port() -> int:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _tlv(tag: bytes, value: bytes) -> bytes:
+    """DER: tag, length, value; up to 65535 bytes."""
+    size = len(value)
+    if size < 128:
+        return tag + bytes([size]) + value
+    length = size.to_bytes((size.bit_length() + 7) // 8)
+    return tag + bytes([0x80 | len(length)]) + length + value
 
 
 def _key_usage(*, sign: bool, issue: bool) -> x509.KeyUsage:

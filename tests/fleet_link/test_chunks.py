@@ -110,8 +110,9 @@ def test_arrives_whole_whatever_the_pipe_does(
             for _ in range(1 + (dice.random() < repeats)):
                 if dice.random() >= loss:
                     incoming.on_chunk(frame)
-        offered = outgoing.offer_due(now) and dice.random() >= loss  # a repeated offer is answered at once
-        if (incoming.progress_due(now) or offered) and dice.random() >= loss:
+        if outgoing.offer_due(now) and dice.random() >= loss:
+            incoming.on_offer()
+        if incoming.progress_due(now) and dice.random() >= loss:
             outgoing.on_progress(progress(incoming), now)
     assert incoming.finish().read_bytes() == path.read_bytes()
 
@@ -351,6 +352,9 @@ def test_progress_is_reported_at_once_then_every_50_ms_then_ever_more_seldom(tmp
     assert [second for second in range(100) if incoming.progress_due(second + 0.0625)] == [1, 3, 7, 15, 31, 61, 91]
     incoming.on_chunk(frames[0])  # the sender seems not to know
     assert incoming.progress_due(99.2)
+    assert not incoming.progress_due(99.5)
+    incoming.on_offer()  # a restarted sender need not wait for the next quiet report
+    assert incoming.progress_due(99.5)
 
 
 # --- on the receiver's disk -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Messages: signed by one, for one, at one time, once."""
 
+import itertools
 import time
 
 import msgspec
@@ -11,7 +12,7 @@ from fleet_link import envelope, messages
 from fleet_link.errors import LinkError, TrustError
 from fleet_link.messages import BundleRequest, Receipt
 from fleet_link.pki import Identity
-from tests.fleet_link.mosquitto_support import TestAuthority
+from tests.fleet_link.mosquitto_support import TestAuthority, twin_certificate
 
 NOW = time.time()
 MESSAGE = Receipt(message_id="1" * 32, of="2" * 32)
@@ -77,12 +78,22 @@ def test_refuses_an_expired_sender(authority: TestAuthority) -> None:
 
 
 def test_refuses_every_flipped_bit(sealed: bytes, authority: TestAuthority) -> None:
-    changed = bytearray(sealed)
-    for position in range(len(changed)):
-        changed[position] ^= 1 << position % 8
+    for position, bit in itertools.product(range(len(sealed)), range(8)):
+        changed = bytearray(sealed)
+        changed[position] ^= 1 << bit
         with pytest.raises(TrustError):
             open_at_hub(bytes(changed), authority)
-        changed[position] ^= 1 << position % 8
+
+
+def test_refuses_the_other_form_of_the_authoritys_signature(
+    box: Identity, sealed: bytes, authority: TestAuthority
+) -> None:
+    """(r, n - s) is as valid a signature of the CA as (r, s), and anyone can compute it."""
+    twin = twin_certificate(box.certificate_der)
+    authority.trust.check(twin, expected_name="box-1", now=NOW)  # X.509 alone cannot tell
+    one = msgspec.msgpack.decode(sealed, type=envelope.Envelope)
+    with pytest.raises(TrustError, match="signature of a message"):
+        open_at_hub(msgspec.msgpack.encode(msgspec.structs.replace(one, certificate=twin)), authority)
 
 
 def test_refuses_every_cut_and_anything_appended(sealed: bytes, authority: TestAuthority) -> None:
@@ -103,7 +114,8 @@ def test_refuses_parts_of_two_envelopes_put_together(box: Identity, sealed: byte
 
 def test_refuses_a_signature_made_for_another_purpose(box: Identity, sealed: bytes, authority: TestAuthority) -> None:
     one = msgspec.msgpack.decode(sealed, type=envelope.Envelope)
-    undomained = msgspec.structs.replace(one, signature=box.sign(one.statement))
+    signed = envelope._signed_bytes(one.statement, one.certificate)
+    undomained = msgspec.structs.replace(one, signature=box.sign(signed.removeprefix(envelope.DOMAIN)))
     with pytest.raises(TrustError, match="signature"):
         open_at_hub(msgspec.msgpack.encode(undomained), authority)
 
@@ -160,7 +172,10 @@ def test_a_device_gone_mad_is_refused(junk: bytes, authority: TestAuthority, box
     """A good signature over anything at all."""
     payload = msgspec.msgpack.encode(
         envelope.Envelope(
-            v=1, statement=junk, signature=box.sign(envelope.DOMAIN + junk), certificate=box.certificate_der
+            v=1,
+            statement=junk,
+            signature=box.sign(envelope._signed_bytes(junk, box.certificate_der)),
+            certificate=box.certificate_der,
         )
     )
     with pytest.raises((TrustError, LinkError)):

@@ -56,7 +56,7 @@ class Hub:
 def resign(blob: bytes, identity: Identity, **changes: bytes) -> bytes:
     """What a device could make of an update: other parts under its own good signature."""
     sealed = msgspec.structs.replace(msgspec.msgpack.decode(blob, type=SealedUpdate), **changes)
-    signature = identity.sign(sealing._signed_bytes(sealed.statement, sealed.ciphertext))
+    signature = identity.sign(sealing._signed_bytes(sealed.statement, sealed.ciphertext, identity.certificate_der))
     return msgspec.msgpack.encode(
         msgspec.structs.replace(sealed, signature=signature, certificate=identity.certificate_der)
     )

@@ -92,6 +92,8 @@ def receive(end: End) -> None:
         match heard:
             case TransferOffer() if incoming is None:
                 incoming = Incoming.open(Path(end.config.path), heard, max_bytes=1024**3)
+            case TransferOffer() if incoming:
+                incoming.on_offer()
             case bytes() if incoming:
                 incoming.on_chunk(heard)
         if incoming is None:
