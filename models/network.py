@@ -5,6 +5,7 @@ Never uses batch statistics (GroupNorm, LayerNorm only): weights of many hospita
 Axes: B series, S slices, H W input pixels, h w places, N = B·S slices, L = h·w places, D features, A attention heads, K labels.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -45,15 +46,16 @@ class Attended:
     weighted_BSDhw: Tensor  # features of each place times the attention it gets
     weights_BSAhw: Tensor  # that attention; sums to 1 for each attention head
     pooled_BD: Tensor  # their sum: what the head decides from
-    even_BD: Tensor  # mean over all places alike: what the image looks like, lesion or not
 
 
 class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     """slices_BSHW, slice_mask_BS, modality_B -> logits_BK, map_BSKhw, slice_weights_BS, ood_B.
 
     map_BSKhw summed over slices and places, plus the head's bias, is the logit: the explanation is the decision itself.
-    ood_B is the distance of the evenly pooled feature to the nearest class mean of its modality, below 1 in distribution
-    (the attended feature is blind to all that the attention leaves out: on noise it hardly moved).
+    ood_B is the distance of what the image looks like to the nearest class mean of its modality, below 1 in distribution.
+    That look comes from a copy of the convolution stages that is frozen after pretraining: features that fine-tuning may
+    move have no fixed mean (after one round every image was 13 from all of them). It is pooled evenly over all places:
+    the attended feature is blind to all that the attention leaves out, and on noise it hardly moved.
     """
 
     def __init__(self, config: HybridConfig) -> None:
@@ -78,16 +80,36 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         self.gate = nn.Conv2d(features, config.attention_heads, 1)
         self.head = nn.Linear(features, len(config.label_modality))
         self.attention_heads = config.attention_heads
-        labels = len(config.label_modality)
-        self.register_buffer("ood_mean_KD", torch.zeros(labels, features))
-        self.register_buffer("ood_whiten_DD", torch.eye(features))
+        labels, look = len(config.label_modality), 2 * second
+        self.ood_stages = copy.deepcopy(self.texture_stages())
+        self.register_buffer("ood_mean_KD", torch.zeros(labels, look))
+        self.register_buffer("ood_whiten_DD", torch.eye(look))
         self.register_buffer("label_modality_K", torch.tensor(config.label_modality), persistent=False)
 
     def forward(self, slices_BSHW: Tensor, slice_mask_BS: Tensor, modality_B: Tensor) -> tuple[Tensor, ...]:
         seen = self.attended(slices_BSHW, slice_mask_BS, modality_B)
         map_BSKhw = torch.einsum("bsdhw,kd->bskhw", seen.weighted_BSDhw, self.head.weight)
         slice_weights_BS = seen.weights_BSAhw.mean(2).sum((2, 3))
-        return self.head(seen.pooled_BD), map_BSKhw, slice_weights_BS, self.distance(seen.even_BD, modality_B)
+        ood_B = self.distance(self.look(slices_BSHW, slice_mask_BS), modality_B)
+        return self.head(seen.pooled_BD), map_BSKhw, slice_weights_BS, ood_B
+
+    def texture_stages(self) -> nn.Sequential:
+        """The convolution stages, shared with this network: one slice in, the map at 1/8 of it out."""
+        return nn.Sequential(self.stem, self.fine, self.shrink, self.middle)
+
+    def freeze_look(self) -> None:
+        """End of pretraining: what an image looks like is from now on what these stages see."""
+        self.ood_stages.load_state_dict(self.texture_stages().state_dict())
+
+    def look(self, slices_BSHW: Tensor, slice_mask_BS: Tensor) -> Tensor:
+        """look_BD: mean and spread of each frozen feature over the places, averaged over the real slices."""
+        batch, slices, height, width = slices_BSHW.shape
+        map_NCL = self.ood_stages(slices_BSHW.reshape(batch * slices, 1, height, width)).flatten(2)
+        mean_NC1 = map_NCL.mean(2, keepdim=True)
+        spread_NC = ((map_NCL - mean_NC1).square().mean(2) + 1e-6).sqrt()
+        look_BSD = torch.cat([mean_NC1.squeeze(2), spread_NC], 1).reshape(batch, slices, -1)
+        real_BS1 = slice_mask_BS.to(look_BSD.dtype).unsqueeze(2)
+        return (look_BSD * real_BS1).sum(1) / real_BS1.sum(1)
 
     def attended(self, slices_BSHW: Tensor, slice_mask_BS: Tensor, modality_B: Tensor) -> Attended:
         batch, slices, height, width = slices_BSHW.shape
@@ -101,17 +123,11 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         weights_BSAhw = torch.softmax(gate_BAP, dim=2).reshape(batch, -1, slices, h, w).transpose(1, 2)
         places_BSAdhw = places_NDhw.reshape(batch, slices, self.attention_heads, -1, h, w)
         weighted_BSDhw = (places_BSAdhw * weights_BSAhw.unsqueeze(3)).flatten(2, 3)
-        even_BSD = places_NDhw.mean((2, 3)).reshape(batch, slices, -1) * real_BS.unsqueeze(2)
-        return Attended(
-            weighted_BSDhw,
-            weights_BSAhw,
-            weighted_BSDhw.sum((1, 3, 4)),
-            even_BSD.sum(1) / real_BS.sum(1, keepdim=True),
-        )
+        return Attended(weighted_BSDhw, weights_BSAhw, weighted_BSDhw.sum((1, 3, 4)))
 
     def places(self, slices_N1HW: Tensor, modality_ND: Tensor) -> Tensor:
         """One feature vector per place at 1/8 of the input: the middle stage's detail plus the transformer's context."""
-        middle_NCHW = self.middle(self.shrink(self.fine(self.stem(slices_N1HW))))
+        middle_NCHW = self.texture_stages()(slices_N1HW)
         tokens_NDhw = self.tokens(middle_NCHW) + self.position + modality_ND[:, :, None, None]
         features, h, w = tokens_NDhw.shape[1:]
         context_NLD = self.context(tokens_NDhw.flatten(2).transpose(1, 2))
@@ -120,9 +136,9 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         joined_NHWD = self.join_norm(joined_NDHW.permute(0, 2, 3, 1))
         return (joined_NHWD + self.join(joined_NHWD)).permute(0, 3, 1, 2)
 
-    def distance(self, even_BD: Tensor, modality_B: Tensor) -> Tensor:
+    def distance(self, look_BD: Tensor, modality_B: Tensor) -> Tensor:
         """Mahalanobis distance to the nearest mean of the modality's labels, over the root of the dimension."""
-        offset_BKD = (even_BD.unsqueeze(1) - self.ood_mean_KD.unsqueeze(0)) @ self.ood_whiten_DD
+        offset_BKD = (look_BD.unsqueeze(1) - self.ood_mean_KD.unsqueeze(0)) @ self.ood_whiten_DD
         distance_BK = offset_BKD.square().mean(2).sqrt()
         other_BK = (modality_B.unsqueeze(1) != self.label_modality_K.unsqueeze(0)).to(distance_BK.dtype)
         return (distance_BK + other_BK * FAR).amin(1)

@@ -48,8 +48,8 @@ class SiteLook:
 BASE = SiteLook("base")
 LOOKS = {
     "base": BASE,
-    "north": SiteLook("north", gamma=1.1, noise=1.2, shading=0.06, lesion_contrast=0.72),
-    "south": SiteLook("south", gamma=0.92, noise=0.9, blur_px=0.5, grid=0.015, lesion_contrast=0.75),
+    "north": SiteLook("north", gamma=1.06, noise=1.2, lesion_contrast=0.5),
+    "south": SiteLook("south", gamma=0.94, blur_px=0.3, grid=0.03, lesion_contrast=0.5),
 }
 
 

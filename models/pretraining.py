@@ -28,8 +28,8 @@ from models.training import (
     Predicted,
     Progress,
     TrainingPlan,
-    even_features,
     load_weights,
+    looks,
     new_network,
     predict,
     train,
@@ -113,10 +113,11 @@ def input_of(modality: str) -> InputSpec:
 
 
 def fit_ood(network: Hybrid, examples: Sequence[Example]) -> None:
-    """Class means and the inverse root of their shared covariance, into the network's buffers."""
-    even_ND, label_N = even_features(network, examples)
-    mean_KD = np.stack([even_ND[label_N == k].mean(0, np.float64) for k in np.unique(label_N)])
-    residual_ND = even_ND - mean_KD[label_N]
+    """Freeze what an image looks like; class means and the inverse root of their shared covariance, into the buffers."""
+    network.freeze_look()
+    look_ND, label_N = looks(network, examples)
+    mean_KD = np.stack([look_ND[label_N == k].mean(0, np.float64) for k in np.unique(label_N)])
+    residual_ND = look_ND - mean_KD[label_N]
     scale_D = residual_ND.std(0) + 1e-6
     correlation_DD = (residual_ND / scale_D).T @ (residual_ND / scale_D) / len(residual_ND)
     shrunk_DD = (1 - OOD_SHRINKAGE) * correlation_DD + OOD_SHRINKAGE * np.eye(len(scale_D))

@@ -104,12 +104,13 @@ def correct(network: Hybrid, examples: Sequence[Example]) -> int:
     return sum(int((task.logits_NK.argmax(1) == task.truth_N).sum()) for task in predicted)
 
 
-def even_features(network: Hybrid, examples: Sequence[Example]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """even_ND and the column of each example's true label: what the out-of-distribution score is fitted on."""
+def looks(network: Hybrid, examples: Sequence[Example]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """look_ND and the column of each example's true label: what the out-of-distribution score is fitted on."""
     features, columns = [], []
     for batch in batches(examples, _EVALUATION_BATCH):
         with torch.no_grad():
-            features.append(network.attended(*inputs(batch)).even_BD.numpy())
+            slices_BSHW, slice_mask_BS, _ = inputs(batch)
+            features.append(network.look(slices_BSHW, slice_mask_BS).numpy())
         columns.append(batch.label_B + batch.task.offset)
     return np.concatenate(features), np.concatenate(columns)
 

@@ -15,7 +15,7 @@ from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Identity
 from fleet_link.sealing import SealedUpdate, SealingKey
-from tests.fleet_link.mosquitto_support import TestAuthority
+from tests.fleet_link.mosquitto_support import TestAuthority, twin_certificate
 
 NOW = time.time()
 PAYLOAD = b"delta of weights" * 100
@@ -109,6 +109,22 @@ def test_refuses_another_count_of_examples_than_was_sealed(blob: bytes, hub: Hub
         )
     with pytest.raises(TrustError, match="does not open"):
         hub.open(resign(blob, box, statement=statement))
+
+
+def test_refuses_a_ciphertext_that_the_broker_put_in(blob: bytes, hub: Hub) -> None:
+    """The hub's key is public, so anyone can seal under box-1's own statement; only box-1 can sign it."""
+    sealed = msgspec.msgpack.decode(blob, type=SealedUpdate)
+    public = sealing._load_public(hub.plan.sealing_key)
+    poison = sealing._suite.encrypt(b"poison", public, info=sealing.DOMAIN + sealed.statement)
+    with pytest.raises(TrustError, match="signature of the update"):
+        hub.open(msgspec.msgpack.encode(msgspec.structs.replace(sealed, ciphertext=poison)))
+
+
+def test_refuses_the_other_form_of_the_authoritys_signature(blob: bytes, hub: Hub) -> None:
+    sealed = msgspec.msgpack.decode(blob, type=SealedUpdate)
+    twin = twin_certificate(sealed.certificate)
+    with pytest.raises(TrustError, match="signature of the update"):
+        hub.open(msgspec.msgpack.encode(msgspec.structs.replace(sealed, certificate=twin)))
 
 
 def test_refuses_what_is_sealed_to_another_key(blob: bytes, hub: Hub, tmp_path: Path) -> None:
