@@ -24,10 +24,18 @@ BOXES = ("north-1", "north-2", "south-1")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The work folder of one finished demonstration, outcome.json in it."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "benchmarks.demo", "--work", str(folder / "work"), "--json", str(folder / "outcome.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.demo",
+        "--work",
+        str(folder / "work"),
+        "--json",
+        str(folder / "outcome.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +85,9 @@ def test_nothing_of_a_patient_left_the_boxes(work: Path) -> None:
     assert len(words) > 500
     assert found_in(work / "work" / "north-1" / "data" / "instances", words)  # the search finds what is there
     logs = [work / "work" / box / "edge-agent.log" for box in BOXES]
-    assert [found_in(place, words) for place in (work / "work" / "hub", work / "work" / "hub.log", *logs)] == [set()] * 5
+    assert [found_in(place, words) for place in (work / "work" / "hub", work / "work" / "hub.log", *logs)] == [
+        set()
+    ] * 5
 
 
 def test_nothing_is_left_running(work: Path) -> None:
