@@ -21,7 +21,8 @@ from rich.console import Console
 
 from benchmarks import studies
 from benchmarks.demo_report import Outcome, StudyRow, print_report, write_json
-from benchmarks.house import Box, House, HouseError, send_folder, wait_for
+from benchmarks.house import Box, House, send_folder
+from benchmarks.processes import HouseError, wait_for
 from benchmarks.studies import Order, Reviewer, Study
 
 REVIEWER, PASSWORD = "reader", "phantoms-only"
@@ -137,13 +138,10 @@ def open_house(house: House, seed: int) -> tuple[list[Study], list[Study], list[
     house.pacs.start()
     with ThreadPoolExecutor(4) as pool:
         adding = [pool.submit(house.add_box, place.name, place.site, BOX_SETTINGS) for place in PLACES]
-        house.hub.init()
-        house.hub.start()  # daemons start in this thread: they die with the thread that started them
+        # Daemons start in this thread: they die with the thread that started them.
+        house.open_hub(*dict.fromkeys(place.site for place in PLACES))
         house.boxes = boxes = [added.result() for added in adding]
         made = pool.submit(_make_studies, boxes, house.folder / "scanner", seed)
-        house.hub.wait_ready()
-        for site in dict.fromkeys(place.site for place in PLACES):
-            house.hub.fleet("site", "add", site)
         for box, enrolled in [(box, pool.submit(_enroll, house, box)) for box in boxes]:
             enrolled.result()
             box.start()
@@ -202,8 +200,7 @@ def wait_for_release(house: House, release_version: int) -> None:
 
 
 def _enroll(house: House, box: Box) -> None:
-    added = house.hub.fleet("device", "add", box.name, "--site", box.site)
-    box.enroll(added["token"])
+    house.enroll(box)
     box.add_user(REVIEWER, PASSWORD)
 
 

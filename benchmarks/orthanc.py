@@ -5,12 +5,8 @@ Never reads or writes outside its folder and never listens beyond loopback for H
 Source: Orthanc Book, "Configuration" and "REST API".
 """
 
-import ctypes
 import json
 import shutil
-import signal
-import socket
-import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +14,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.processes import Daemon, HouseError, free_port, port_open
+
 _CANDIDATES = ("Orthanc", "/usr/sbin/Orthanc")
 _START_TIMEOUT_S = 60.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-class OrthancError(RuntimeError):
-    """Orthanc is not installed, did not start or did not answer; the text ends with its log's last lines."""
 
 
 def binary() -> str | None:
@@ -41,10 +33,10 @@ class Orthanc:
     def __init__(self, folder: Path, *, login: tuple[str, str] | None = None, **settings: object) -> None:
         self.folder = folder
         self.login = login
-        self.dicom_port = _free_port()
-        self.http_port = _free_port()
+        self.dicom_port = free_port()
+        self.http_port = free_port()
         self._settings = settings  # further keys of Orthanc's configuration, e.g. DicomCheckCalledAet=True
-        self._process: subprocess.Popen[bytes] | None = None
+        self._daemon = Daemon([binary() or "Orthanc", str(folder / "orthanc.json")], folder / "orthanc.log")
 
     @property
     def http_url(self) -> str:
@@ -52,7 +44,7 @@ class Orthanc:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._daemon.running
 
     def __enter__(self) -> "Orthanc":
         self.start()
@@ -65,52 +57,28 @@ class Orthanc:
         self.stop()
 
     def start(self) -> None:
-        """Raises OrthancError when it is not installed."""
-        command = binary()
-        if command is None:
-            raise OrthancError("Orthanc is not installed: apt-get install orthanc")
+        """Raises HouseError when it is not installed."""
+        if binary() is None:
+            raise HouseError("Orthanc is not installed: apt-get install orthanc")
         storage = self.folder / "storage"
         storage.mkdir(parents=True, exist_ok=True)
         configuration = self.folder / "orthanc.json"
         configuration.write_text(json.dumps(self._configuration(storage), indent=1), "utf-8")
-        with (self.folder / "orthanc.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [command, str(configuration)],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+        self._daemon.start()
 
     def wait_ready(self, timeout_s: float = _START_TIMEOUT_S) -> None:
-        """Until both doors answer. Raises OrthancError if they do not."""
+        """Until both doors answer. Raises HouseError if they do not."""
         deadline = time.monotonic() + timeout_s
         while not self._is_ready():
             if not self.running or time.monotonic() > deadline:
-                raise OrthancError(f"Orthanc did not start:\n{self.tail()}")
+                raise HouseError(f"Orthanc did not start:\n{self._daemon.tail()}")
             time.sleep(0.05)
 
-    def stop(self, timeout_s: float = 15.0) -> None:
-        if self._process is None:
-            return
-        if self.running:
-            self._process.terminate()
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._process = None
+    def stop(self) -> None:
+        self._daemon.stop()
 
     def kill(self) -> None:
-        """kill -9, as a power cut would."""
-        assert self._process is not None, "not started"
-        self._process.kill()
-        self._process.wait()
-
-    def tail(self, lines: int = 25) -> str:
-        path = self.folder / "orthanc.log"
-        return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:]) if path.exists() else ""
+        self._daemon.kill()
 
     def count_instances(self) -> int:
         return int(self.get("/statistics")["CountInstances"])
@@ -134,10 +102,9 @@ class Orthanc:
     def _is_ready(self) -> bool:
         try:
             self.get("/system")
-            with socket.create_connection(("127.0.0.1", self.dicom_port), timeout=1.0):
-                return True
-        except (httpx.HTTPError, OSError):
+        except httpx.HTTPError:
             return False
+        return port_open(self.dicom_port)
 
     def _configuration(self, storage: Path) -> dict[str, object]:
         return {
@@ -157,14 +124,3 @@ class Orthanc:
             "OverwriteInstances": True,
             **self._settings,
         }
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """In the child: the kernel ends it when its parent is gone. Source: prctl(2)."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

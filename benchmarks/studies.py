@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pydicom
 
-from benchmarks.house import Box, HouseError, send_dicom, wait_for
+from benchmarks.house import Box, send_dicom
+from benchmarks.processes import HouseError, wait_for
 from models.phantom_dicom import write_series
 from models.phantoms import LABELS, LOOKS, phantom
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from cloud_hub.child import dies_with_us
 from cloud_hub.config import Config
-from cloud_hub.files import write_whole
 from fleet_link.errors import SiteError
+from fleet_link.files import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Broker:
     def start(self) -> None:
         """Gives back when Mosquitto listens. Raises SiteError with its own words when it does not."""
         end_stale(self._folder)
-        write_whole(self._folder / "mosquitto.conf", configuration(self._config).encode(), mode=0o600)
+        write_durably(self._folder / "mosquitto.conf", configuration(self._config).encode(), mode=0o600)
         self._refresh_access()
         self._spawn()
         self._await_listening()
@@ -165,7 +165,7 @@ class Broker:
                 self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=append, stderr=append)
             finally:
                 os.close(append)
-        write_whole(self._folder / "mosquitto.pid", str(self._child.pid).encode())
+        write_durably(self._folder / "mosquitto.pid", str(self._child.pid).encode(), mode=0o644)
         self._started_at = time.monotonic()
 
     def _await_listening(self) -> None:

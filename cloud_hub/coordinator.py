@@ -20,13 +20,13 @@ from cloud_hub.candidate import CandidateError, Export, Order
 from cloud_hub.collection import Collection, Counted, LostError, Vault
 from cloud_hub.config import Config
 from cloud_hub.database import Certificate, Database, Device, Release, Round, RoundDevice, record_refusal
-from cloud_hub.files import move_whole
 from cloud_hub.releases import Repository
 from cloud_hub.rollout import Stage
 from cloud_hub.rounds import Command, Event, Member, State
 from cloud_hub.update import Update
 from fleet_link import messages, sealing
 from fleet_link.errors import SiteError, TrustError
+from fleet_link.files import move_durably
 from fleet_link.messages import RoundAnswer, RoundPlan, TransferOffer
 from models.bundle import file_digest
 
@@ -217,7 +217,7 @@ class Coordinator:
             self.refuse_update(device, round_id, str(error), now)
             return str(error)[:REASON_CHARACTERS]
         kept = self._folder(round_id) / "updates" / f"{device}.sealed"
-        move_whole(path, kept)
+        move_durably(path, kept)
         try:
             collected.add(update)
             self._count(device, offer, kept, update, now)
@@ -330,7 +330,7 @@ class Coordinator:
             self._apply(row.round_id, rounds.Failed(str(error)), now)
             return
         self._export = None
-        move_whole(bundle, self._folder(row.round_id) / CANDIDATE)
+        move_durably(bundle, self._folder(row.round_id) / CANDIDATE)
         candidate.clear(self._folder(row.round_id))
         digest = file_digest(self._folder(row.round_id) / CANDIDATE)
         self._apply(row.round_id, rounds.CandidateReady(digest), now)

@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 from cloud_hub.ca import Authority
 from cloud_hub.config import Config
 from cloud_hub.database import Certificate, Database, Device, Site, Token
-from cloud_hub.files import write_whole
 from fleet_link.errors import SiteError
+from fleet_link.files import write_durably
 from fleet_link.tokens import EnrolmentToken
 from fleet_link.topics import HUB, ROOT, Direction, is_device_id
 
@@ -127,8 +127,8 @@ def write_access(database: Database, authority: Authority, config: Config, *, no
         ).all()
     serials = [(int(serial, 16), revoked_at) for serial, revoked_at in revoked if revoked_at is not None]
     crl = authority.revocation_list(serials, days=config.certificates.crl_days, now=now)
-    write_whole(config.paths.crl, crl)
-    write_whole(config.paths.broker / "acl", acl_text(active).encode())
+    write_durably(config.paths.crl, crl, mode=0o644)
+    write_durably(config.paths.broker / "acl", acl_text(active).encode(), mode=0o644)
 
 
 def acl_text(devices: Iterable[str]) -> str:

@@ -20,9 +20,9 @@ from tuf.api.serialization import DeserializationError
 
 from cloud_hub import database
 from cloud_hub.config import Config, Paths
-from cloud_hub.files import write_whole
 from cloud_hub.rollout import Stage
 from fleet_link.errors import SiteError
+from fleet_link.files import write_durably
 from fleet_link.messages import ReleaseOffer
 from models.bundle import SUFFIX, file_digest, read_bundle
 from models.errors import BundleError
@@ -108,7 +108,7 @@ class Repository:
             for role in ROLES:
                 root.signed.add_key(repository._signer(role, create=True).public_key, role)
             root.sign(repository._signer(Root.type))
-            write_whole(repository._folder / "1.root.json", root.to_bytes())
+            write_durably(repository._folder / "1.root.json", root.to_bytes(), mode=0o644)
         if not (repository._folder / "timestamp.json").exists():
             empty = Metadata(Timestamp()), Metadata(Snapshot()), Metadata(Targets())
             repository._sign_from(Targets.type, empty, now)
@@ -128,7 +128,7 @@ class Repository:
         if known is not None:
             return known
         content = bundle_path.read_bytes()
-        write_whole(self._folder / f"{bundle.digest}{SUFFIX}", content)
+        write_durably(self._folder / f"{bundle.digest}{SUFFIX}", content, mode=0o644)
         version = max((release.release_version for release in listed), default=0) + 1
         target = TargetFile.from_data(f"{bundle.digest}{SUFFIX}", content, ["sha256"])
         target.unrecognized_fields["custom"] = {"release_version": version, "round_id": round_id}
@@ -206,14 +206,14 @@ class Repository:
         signed.expires = _expiry(signed.type, now)
         metadata.sign(self._signer(signed.type))
         name = "timestamp.json" if signed.type == Timestamp.type else f"{signed.version}.{signed.type}.json"
-        write_whole(self._folder / name, metadata.to_bytes())
+        write_durably(self._folder / name, metadata.to_bytes(), mode=0o644)
 
     def _signer(self, role: str, *, create: bool = False) -> CryptoSigner:
         folder = self._paths.tuf_keys.parent / "root" if role == Root.type else self._paths.tuf_keys
         path = folder / f"{role}.key"
         if create and not path.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(path, CryptoSigner.generate_ed25519().private_bytes, mode=0o600)
+            write_durably(path, CryptoSigner.generate_ed25519().private_bytes, mode=0o600)
         try:
             return CryptoSigner(load_pem_private_key(path.read_bytes(), password=None))
         except (OSError, ValueError) as error:

@@ -29,7 +29,7 @@ from cloud_hub.database import Database, record_refusal
 from cloud_hub.distribution import Distribution
 from cloud_hub.link import Link, Parts, open_bus
 from cloud_hub.releases import Repository
-from fleet_link import notify, sealing
+from fleet_link import files, notify, sealing
 from fleet_link.errors import SiteError, WardroundError
 from fleet_link.pki import Trust, load_identity
 
@@ -49,6 +49,7 @@ def run(config: Config) -> None:
         stack.enter_context(_signals(stop))
         stack.enter_context(_only_one(config))
         # 1. What is on disk.
+        files.remove_unfinished(config.paths.data_dir)
         authority = ca.load(config.paths.ca_key, config.paths.ca_certificate)
         setup.renew_own_certificates(config, authority, now=time.time())
         hub = database.connect(config.paths.database)

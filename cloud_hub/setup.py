@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cloud_hub import ca, config, database, releases
 from cloud_hub.ca import Authority
 from cloud_hub.config import Config
-from cloud_hub.files import write_whole
 from fleet_link import pki, sealing
 from fleet_link.errors import SiteError
+from fleet_link.files import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +73,15 @@ def make_identity(settings: Config, *, now: float) -> Authority:
         folder.chmod(0o700)
     if not paths.ca_certificate.exists():
         key = _key(paths.ca_key)
-        write_whole(paths.ca_certificate, ca.create(key, name=f"Wardround hub {settings.https.host}", now=now).pem)
+        write_durably(
+            paths.ca_certificate, ca.create(key, name=f"Wardround hub {settings.https.host}", now=now).pem, mode=0o644
+        )
     authority = ca.load(paths.ca_key, paths.ca_certificate)
     renew_own_certificates(settings, authority, now=now)
     if not paths.sealing_key.exists():
         sealing.new_sealing_key(paths.sealing_key)
     if not paths.admin_token.exists():
-        write_whole(paths.admin_token, (secrets.token_urlsafe(32) + "\n").encode(), mode=0o600)
+        write_durably(paths.admin_token, (secrets.token_urlsafe(32) + "\n").encode(), mode=0o600)
     return authority
 
 
@@ -90,11 +92,11 @@ def renew_own_certificates(settings: Config, authority: Authority, *, now: float
     server_key = _key(paths.server_key)
     if not _serves(paths.server_certificate, server_key, names, now):
         issued = authority.issue_server(server_key.public_key(), names, days=days, now=now)
-        write_whole(paths.server_certificate, issued.public_bytes(serialization.Encoding.PEM))
+        write_durably(paths.server_certificate, issued.public_bytes(serialization.Encoding.PEM), mode=0o644)
     hub_key = _key(paths.hub_key)
     if not _serves(paths.hub_certificate, hub_key, [], now):
         issued = authority.issue_hub(hub_key.public_key(), days=days, now=now)
-        write_whole(paths.hub_certificate, issued.public_bytes(serialization.Encoding.PEM))
+        write_durably(paths.hub_certificate, issued.public_bytes(serialization.Encoding.PEM), mode=0o644)
 
 
 def _serves(path: Path, key: ec.EllipticCurvePrivateKey, names: list[str], now: float) -> bool:
@@ -131,7 +133,7 @@ def _write_config(folder: Path, wish: Wish) -> Path:
     config.parse(text, where=path)  # a wrong host or port is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    write_whole(path, text.encode())
+    write_durably(path, text.encode(), mode=0o644)
     return path
 
 
@@ -144,4 +146,4 @@ def _write_fleet_toml(settings: Config) -> None:
         f"token_file = {json.dumps(os.path.relpath(paths.admin_token, paths.data_dir))}\n"
         f"ca = {json.dumps(os.path.relpath(paths.ca_certificate, paths.data_dir))}\n"
     )
-    write_whole(paths.data_dir / "fleet.toml", text.encode())
+    write_durably(paths.data_dir / "fleet.toml", text.encode(), mode=0o644)

@@ -13,9 +13,9 @@ from pathlib import Path
 from edge_agent import ledger
 from edge_agent.config import Config
 from edge_agent.database import transaction
-from edge_agent.files import write_durably
 from edge_agent.infer import Reader
 from fleet_link.errors import SiteError
+from fleet_link.files import write_durably
 from fleet_link.messages import ReleaseReport
 from models import bundle as bundle_file
 from models.errors import BundleError

@@ -22,7 +22,7 @@ from edge_agent.link import Link
 from edge_agent.pipeline import Pipeline
 from edge_agent.receive import StorageScp
 from edge_agent.releases import Installer
-from fleet_link import notify
+from fleet_link import files, notify
 from fleet_link.errors import SiteError
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def run(config: Config) -> None:
 
 def repair(config: Config) -> ActiveBundle:
     """Make half-done work whole, and open the bundle in use."""
+    files.remove_unfinished(config.box.data_dir)
     db = database.connect(config.box.data_dir)
     try:
         catalog.repair(db, config.box.data_dir, time.time())

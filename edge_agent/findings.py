@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.files import write_durably
+from fleet_link.files import write_durably
 from models.spec import Code
 
 _ARRAYS = ("map_SHW", "slice_weights_S", "source_index_S")

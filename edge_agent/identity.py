@@ -18,9 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 from msgspec import Meta
 
-from edge_agent.files import write_durably
 from fleet_link import pki, tokens
 from fleet_link.errors import LinkError, SiteError, TrustError
+from fleet_link.files import write_durably
 
 MAX_REPLY_BYTES = 1024 * 1024
 TIMEOUT_S = 20.0

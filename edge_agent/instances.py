@@ -26,7 +26,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from fleet_link.errors import SiteError
-from fleet_link.pki import sync_folder
+from fleet_link.files import sync_folder
 from models.spec import DICOM_MODALITY
 
 FOLDER = "instances"

@@ -27,8 +27,8 @@ from safetensors import numpy as safetensors_numpy
 
 from edge_agent import decode, instances
 from edge_agent.config import Learning
-from edge_agent.files import write_durably
 from fleet_link.errors import SiteError
+from fleet_link.files import write_durably
 from fleet_link.messages import RoundPlan
 from models.bundle import Bundle
 from models.errors import VolumeError

@@ -15,11 +15,11 @@ from threading import Event as StopEvent
 from edge_agent import bundles, database, learn, ledger, policy, update
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
-from edge_agent.files import write_durably
 from edge_agent.ledger import Outcome, Round
 from edge_agent.rounds import Event, State
 from fleet_link import chunks, pki
 from fleet_link.errors import LinkError, SiteError
+from fleet_link.files import write_durably
 from fleet_link.messages import TransferOffer
 from fleet_link.part_file import file_sha256
 from models.bundle import read_bundle

@@ -15,11 +15,11 @@ from typing import Literal
 from pydicom.dataset import Dataset
 
 from edge_agent.decode import Decoded
-from edge_agent.files import write_durably
 from edge_agent.findings import Findings
 from edge_agent.report_capture import secondary_capture
 from edge_agent.report_header import Header, read_header
 from edge_agent.report_sr import Identity, derived_uid, structured_report
+from fleet_link.files import write_durably
 
 SERIES_NUMBER_BASE = 90000  # above what scanners use, so that results sort last in a viewer
 

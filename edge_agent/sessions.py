@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.files import write_durably
+from fleet_link.files import write_durably
 
 KEY_BYTES = 32
 _FREE_FAILURES = 5

@@ -17,9 +17,9 @@ from edge_agent import bundles, ledger, releases
 from edge_agent.rounds import Event
 from fleet_link import chunks
 from fleet_link.errors import SiteError, TrustError
+from fleet_link.files import sync_folder
 from fleet_link.messages import AnyMessage, TransferOffer, TransferProgress, TransferReceipt
 from fleet_link.part_file import sweep
-from fleet_link.pki import sync_folder
 from models.bundle import MAX_FILE_BYTES
 
 log = logging.getLogger(__name__)

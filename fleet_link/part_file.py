@@ -11,8 +11,8 @@ import struct
 from pathlib import Path
 
 from fleet_link.errors import LinkError, SiteError, TrustError
+from fleet_link.files import sync_folder
 from fleet_link.messages import TransferOffer
-from fleet_link.pki import sync_folder
 
 MAX_CHUNKS = 64 * 1024 * 8  # TransferProgress.received_bitmap holds 64 KiB
 SYNC_BYTES = 8 * 1024**2  # data made durable in groups of this size

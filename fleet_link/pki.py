@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
 from fleet_link.errors import SiteError, TrustError
+from fleet_link.files import sync_folder
 
 MAX_CERTIFICATE_BYTES = 4096
 
@@ -211,15 +212,6 @@ def write_secret(path: Path, secret: bytes) -> None:
         raise SiteError(f"{path.name} exists and is not replaced", advice="move the old key away first") from error
     except OSError as error:
         raise SiteError(f"{path.name} cannot be written: {error}", advice="check the folder and the disk") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and links in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _p256(public_key: object) -> ec.EllipticCurvePublicKey:

@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune_.add_argument("--examples", type=Path, required=True, help="folder with examples.json")
     finetune_.add_argument("--out", type=Path, required=True, help="folder for weights.safetensors and report.json")
     finetune_.add_argument("--epochs", type=int, default=12)
-    finetune_.add_argument("--lr", type=float, default=3e-4)
+    finetune_.add_argument("--lr", type=float, default=5e-4)
     finetune_.add_argument("--batch", type=int, default=4, help="series per step")
     finetune_.add_argument("--warmup", type=float, default=0.1, help="share of steps with rising rate")
     finetune_.add_argument("--trainable", choices=("all", "heads"), default="all")

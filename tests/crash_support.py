@@ -3,7 +3,8 @@
 import sys
 from dataclasses import dataclass
 
-from benchmarks.house import Box, Daemon, Hub
+from benchmarks.house import Box, Hub
+from benchmarks.processes import Daemon
 
 DEATH_TIMEOUT_S = 120.0
 

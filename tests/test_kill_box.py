@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import studies
-from benchmarks.house import Box, House, HouseError, wait_for
+from benchmarks.house import Box, House
+from benchmarks.processes import HouseError, wait_for
 from tests.crash_support import DEATH_TIMEOUT_S, Point, dying_box
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import studies
-from benchmarks.house import Box, House, HouseError, wait_for
+from benchmarks.house import Box, House
+from benchmarks.processes import HouseError, wait_for
 from benchmarks.studies import Order, Reviewer
 from tests.crash_support import Point, dying_box, dying_hub
 
@@ -71,12 +72,9 @@ CASES = [
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A hub and one box that has eight reviewed X-rays."""
     with House(tmp_path_factory.mktemp("kill") / "house") as house:
-        house.hub.init()
-        house.hub.start()
-        house.hub.wait_ready()
-        house.hub.fleet("site", "add", "north")
+        house.open_hub("north")
         box = house.add_box("north-1", "north", SETTINGS)
-        box.enroll(house.hub.fleet("device", "add", box.name, "--site", box.site)["token"])
+        house.enroll(box)
         box.add_user("reader", "phantoms-only")
         box.start()
         box.wait_ready()

@@ -9,7 +9,8 @@ import pydicom
 import pytest
 
 from benchmarks import studies
-from benchmarks.house import Box, Daemon, House, run_command, wait_for
+from benchmarks.house import Box, House, run_command
+from benchmarks.processes import Daemon, wait_for
 from benchmarks.studies import Order, Reviewer, Study
 from tests.privacy_support import found_in, patient_words
 
@@ -28,12 +29,9 @@ SETTINGS: dict[str, object] = {
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """One box after a round, with broken files sent to it and a PACS that is away: every text it has to say was said."""
     with House(tmp_path_factory.mktemp("privacy") / "house") as house:
-        house.hub.init()
-        house.hub.start()
-        house.hub.wait_ready()
-        house.hub.fleet("site", "add", "north")
+        house.open_hub("north")
         box = house.add_box("north-1", "north", SETTINGS)
-        box.enroll(house.hub.fleet("device", "add", box.name, "--site", box.site)["token"])
+        house.enroll(box)
         box.add_user("reader", "phantoms-only")
         tapped = [sys.executable, "-m", "tests.wiretap", str(house.folder / "tap"), "--"]
         daemon = Daemon([*tapped, "edge-agent", "run", "--config", str(box.config_path)], box.daemon.log_path)

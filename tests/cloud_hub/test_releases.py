@@ -11,10 +11,11 @@ from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Timestamp
 from tuf.ngclient import FetcherInterface, Updater
 
-from cloud_hub import files, releases
+from cloud_hub import releases
 from cloud_hub.config import Config
 from cloud_hub.database import Release as Row
 from cloud_hub.releases import Repository
+from fleet_link import files
 from fleet_link.errors import SiteError
 from fleet_link.messages import ReleaseOffer, encode
 from models.bundle import SHIPPED, BundleParts, file_digest, read_bundle, write_bundle
@@ -136,12 +137,12 @@ def test_killed_at_any_write_the_old_release_is_whole_and_the_next_try_ends_it(
             path.with_name(path.name + ".tmp").write_bytes(content[:10])
             raise Killed
         written.append(path.name)
-        files.write_whole(path, content, mode=mode)
+        files.write_durably(path, content, mode=mode)
         if len(written) == write + 1:
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(releases, "write_whole", write_then_die)
+        patched.setattr(releases, "write_durably", write_then_die)
         with pytest.raises(Killed):
             repository.publish(candidate, round_id="r0001", now=NOW)
     after_crash = Repository(hub.config.paths)
@@ -162,10 +163,10 @@ def test_killed_init_is_completed_by_the_next(tmp_path: Path, monkeypatch: pytes
         if len(written) == write:
             raise Killed
         written.append(path.name)
-        files.write_whole(path, content, mode=mode)
+        files.write_durably(path, content, mode=mode)
 
     with monkeypatch.context() as patched:
-        patched.setattr(releases, "write_whole", write_then_die)
+        patched.setattr(releases, "write_durably", write_then_die)
         with pytest.raises(Killed):
             releases.init(made.config, SHIPPED, now=NOW)
     releases.init(made.config, SHIPPED, now=NOW)

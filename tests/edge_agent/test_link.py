@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from edge_agent import bundles, database, learn, ledger, update
-from edge_agent.files import write_durably
 from edge_agent.learner import offer_of
 from edge_agent.link import Link
 from edge_agent.releases import Installer
 from edge_agent.rounds import Event, State
 from fleet_link import chunks, envelope, sealing
+from fleet_link.files import write_durably
 from fleet_link.messages import (
     BundleRequest,
     Heartbeat,
