@@ -213,10 +213,14 @@ class House:
 
 def send_dicom(box: Box, files: Sequence[Path]) -> None:
     """One association with DCMTK's storescu, as a scanner would. Raises HouseError if any instance was refused."""
-    command = ["storescu", "-aet", "SCANNER", "-aec", box.ae_title, "127.0.0.1", str(box.dicom_port)]
+    storescu(box.dicom_port, box.ae_title, files)
+
+
+def storescu(port: int, called_ae: str, files: Sequence[Path]) -> None:
+    command = ["storescu", "-aet", "SCANNER", "-aec", called_ae, "127.0.0.1", str(port)]
     done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
-        raise HouseError(f"storescu to {box.name} exited with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise HouseError(f"storescu to {called_ae} exited with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def send_folder(box: Box, folder: Path) -> str:

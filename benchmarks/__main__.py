@@ -1,0 +1,29 @@
+"""`./dev bench NAME`: measurements beside peers, in one run on one machine. Prints a table; --json FILE writes it too."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import receive
+
+BENCHES = {"receive": receive}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
+    parser.add_argument("name", choices=BENCHES, help="receive: C-STORE beside DCMTK's storescp and Orthanc")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")
+    options = parser.parse_args()
+    result = BENCHES[options.name].measure(quick=options.quick)
+    Console().print(BENCHES[options.name].table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
