@@ -56,9 +56,9 @@ class Order:
 def make(order: Order, folder: Path) -> list[Study]:
     """Write the order's studies as DICOM below `folder`, labels in turn."""
     studies = []
-    for modality in order.modalities:
+    for number, modality in enumerate(order.modalities):
         for position, label in enumerate(LABELS[modality] * order.per_label):
-            seed = order.first_seed + position
+            seed = order.first_seed + 1000 * number + position  # each study is another patient's
             image = phantom(modality, label, seed, LOOKS[order.look])
             files = write_series(image, folder, patient_seed=seed, study=order.copy)
             uid = pydicom.dcmread(files[0], specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID
