@@ -80,7 +80,8 @@ class Story:
 def main() -> int:
     options = _options()
     console = Console()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)  # a shell starts background jobs with SIGINT ignored
     folder = options.work or Path(tempfile.mkdtemp(prefix="wardround-demo-"))
     keep_folder = options.work is not None
     try:
