@@ -5,8 +5,6 @@ Never reaches into a running process: whoever uses it may kill -9 any of them.
 """
 
 import json
-import os
-import signal
 import sqlite3
 import subprocess
 from collections.abc import Sequence
@@ -185,7 +183,7 @@ class House:
     def stop(self) -> None:
         for box in self.boxes:
             if box.daemon.running:
-                os.kill(box.daemon.pid, signal.SIGTERM)  # all at once; each is waited for below
+                box.daemon.terminate()  # all at once; each is waited for below
         for box in self.boxes:
             box.daemon.stop()
         self.hub.daemon.stop()

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ class Daemon:
         self.log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command,
@@ -64,6 +64,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
+                env=environment,
             )
 
     @property
@@ -82,6 +83,11 @@ class Daemon:
     def tail(self, lines: int = 25) -> str:
         text = self.log_path.read_text("utf-8", "replace") if self.log_path.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        assert self._process is not None
+        self._process.terminate()
 
     def kill(self) -> None:
         """kill -9 of the process alone, as a power cut or the out-of-memory killer would."""

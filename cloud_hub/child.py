@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from fleet_link.errors import SiteError
 
 
+# Mosquitto would tell systemd by itself that it is ready, in the hub's name. Source: sd_notify(3).
+WITHOUT_SYSTEMD = ("env", "-u", "NOTIFY_SOCKET", "-u", "WATCHDOG_USEC", "-u", "WATCHDOG_PID")
+
+
 def dies_with_us(command: Sequence[str]) -> list[str]:
     """Raises SiteError where util-linux is missing."""
     setpriv = shutil.which("setpriv") or shutil.which("setpriv", path="/usr/bin:/bin")
     if setpriv is None:
         raise SiteError("setpriv is not installed", advice="apt-get install util-linux")
-    return [setpriv, "--pdeathsig", "KILL", *command]
+    return [setpriv, "--pdeathsig", "KILL", *WITHOUT_SYSTEMD, *command]

@@ -22,7 +22,7 @@ from cloud_hub.ca import Authority
 from cloud_hub.config import Config
 from fleet_link import pki, sealing
 from fleet_link.errors import SiteError
-from fleet_link.files import write_durably
+from fleet_link.files import remove_unfinished, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def initialise(wish: Wish, *, now: float) -> Config:
     folder = wish.data_dir.resolve()
     try:
         _check_folder(folder)
+        remove_unfinished(folder)
         settings = config.load(_write_config(folder, wish))
         make_identity(settings, now=now)
         database.connect(settings.paths.database).close()
@@ -60,8 +61,9 @@ def initialise(wish: Wish, *, now: float) -> Config:
 def _check_folder(folder: Path) -> None:
     if (folder / "fleet.toml").exists():
         raise SiteError(f"{folder} holds a hub already", advice=f"start it: hub run --config {folder / 'hub.toml'}")
-    begun = {"hub.toml", "hub.toml.tmp"}
-    if folder.exists() and any(folder.iterdir()) and not begun & {path.name for path in folder.iterdir()}:
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    has_begun = "hub.toml" in names or any(name.startswith(".hub.toml.") for name in names)
+    if names and not has_begun:
         raise SiteError(f"{folder} is not empty and holds no hub", advice="give --data-dir a new folder")
 
 

@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune_.add_argument("--trainable", choices=("all", "heads"), default="all")
     for action in (pretrain, finetune_):
         action.add_argument("--seed", type=int, default=0)
-        action.add_argument("--threads", type=int, default=1)
+        action.add_argument("--threads", type=int, default=1, help="no more than cores that are free: threads spin")
     return parser
 
 

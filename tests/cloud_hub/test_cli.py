@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from cloud_hub import ca, config, database, files, setup
+from cloud_hub import ca, config, database, setup
 from cloud_hub.setup import Wish
-from fleet_link import pki
+from fleet_link import files, pki
 from fleet_link.errors import SiteError
 from tests.cloud_hub.hub_support import await_true, free_port, needs_mosquitto
 
@@ -82,14 +82,14 @@ def test_an_init_cut_off_at_any_write_is_completed_with_the_same_keys(
     class CutOff(BaseException):
         """Not an error that any code may handle."""
 
-    rename, renames = os.rename, 0
+    rename, renames = os.replace, 0
 
     def count(source: Path, target: Path) -> None:
         nonlocal renames
         renames += 1
         rename(source, target)
 
-    monkeypatch.setattr(files.os, "rename", count)
+    monkeypatch.setattr(files.os, "replace", count)
     setup.initialise(_wish(tmp_path / "whole"), now=time.time())
     assert renames > 8
     for cut in range(renames):
@@ -102,11 +102,11 @@ def test_an_init_cut_off_at_any_write_is_completed_with_the_same_keys(
                 raise CutOff
             rename(source, target)
 
-        monkeypatch.setattr(files.os, "rename", cut_off)
+        monkeypatch.setattr(files.os, "replace", cut_off)
         with pytest.raises(CutOff):
             setup.initialise(_wish(folder), now=time.time())
         keys = {path: path.read_bytes() for path in folder.rglob("*.key")}
-        monkeypatch.setattr(files.os, "rename", rename)
+        monkeypatch.setattr(files.os, "replace", rename)
         setup.initialise(_wish(folder), now=time.time())
         _is_whole(folder)
         assert {path: path.read_bytes() for path in keys} == keys

@@ -34,3 +34,10 @@ def one_series(slices_SHW: np.ndarray, modality: int) -> Arrays:
         "slice_mask_BS": np.ones((1, len(slices_SHW)), bool),
         "modality_B": np.array([modality]),
     }
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Two threads that wait for each other by spinning take thirty times as long where something else uses a core."""
+    torch = pytest.importorskip("torch", reason="training and export need the extra `train`")
+    torch.set_num_threads(1)

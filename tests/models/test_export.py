@@ -14,7 +14,7 @@ from models.errors import BundleError
 from tests.models.conftest import one_series, session_of
 
 pytest.importorskip("torch", reason="export needs the extra `train`")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def changed(bundle: Bundle) -> dict[str, np.ndarray]:

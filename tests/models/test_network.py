@@ -7,7 +7,7 @@ from models.bundle import INPUT_NAMES, OUTPUT_NAMES, Arrays, Bundle
 from models.tasks import TASKS
 
 torch = pytest.importorskip("torch", reason="the network needs the extra `train`")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

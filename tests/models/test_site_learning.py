@@ -14,7 +14,7 @@ from models.phantoms import LABELS, LOOKS, phantom
 from models.tasks import TASKS
 
 pytest.importorskip("torch", reason="training needs the extra `train`")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 BOXES = (("north", ("XR", "CT"), 4), ("north", ("MR", "XR"), 4), ("south", ("XR", "CT", "MR"), 3))  # as in the demo
 UNSEEN_PER_LABEL = 12
