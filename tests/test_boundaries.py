@@ -14,7 +14,7 @@ FORBIDDEN = {
     "models": {"edge_agent", "cloud_hub", "fleet_link", "benchmarks", "tests"},
 }
 # Programs of their own; nothing that runs inside the daemons may import them.
-TORCH_MODULES = {"models.network", "models.training", "models.export"}
+TORCH_MODULES = {"models.network", "models.training", "models.pretraining", "models.export"}
 
 
 def _modules(package: str) -> Iterator[Path]:
