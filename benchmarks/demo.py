@@ -7,6 +7,7 @@ Never prints a figure that it did not read from the boxes, the hub or the PACS d
 import argparse
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ class Story:
 
 def main() -> int:
     options = _options()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)  # a shell starts background jobs with SIGINT ignored
     folder = options.work or Path(tempfile.mkdtemp(prefix="wardround-demo-"))
@@ -227,11 +228,10 @@ def _send_own(house: House, story: Story, folder: Path) -> None:
     """The user's own files, to the last box; what became of each is listed."""
     box = house.boxes[-1]
     with story.step(f"DCMTK sends the files below {folder} to {box.name}; they are read"):
-        summary = send_folder(box, folder)
+        outcomes = send_folder(box, folder)
         wait_for("an answer for each of your series", lambda: not box.query(_UNREAD), timeout_s=READ_TIMEOUT_S)
-    for line in summary.splitlines():
-        if line.startswith(("I:   * with status", "I: Number of", "E:")):
-            story.say(f"[dim]{line.removeprefix('I:').strip()}[/dim]")
+    for outcome, count in outcomes.items():
+        story.say(f"[dim]files {outcome}: {count}[/dim]")
     for row in studies.results(box).values():
         story.say(f"series {row['series_no']}: {_said(row)}")
     for row in box.query("SELECT reason, count(*) AS n FROM quarantine GROUP BY reason"):
