@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from fleet_link.errors import SiteError
 
-
 # Mosquitto would tell systemd by itself that it is ready, in the hub's name. Source: sd_notify(3).
 WITHOUT_SYSTEMD = ("env", "-u", "NOTIFY_SOCKET", "-u", "WATCHDOG_USEC", "-u", "WATCHDOG_PID")
 

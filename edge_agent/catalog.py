@@ -99,6 +99,8 @@ def add_instance(db: sqlite3.Connection, header: Header, kept: Kept, *, calling_
         ).fetchone()
         series = db.execute("SELECT * FROM series WHERE SeriesInstanceUID = ?", (header.SeriesInstanceUID,)).fetchone()
         if twin and twin["sha256"] == kept.sha256:
+            if series and series["state"] == State.FAILED:  # sent again on purpose: tried again
+                _touch(db, series, now)
             return Admission(Outcome.AGAIN, SeriesNo(twin["series_no"]))
         if not twin and (not series or series["StudyInstanceUID"] == header.StudyInstanceUID):
             series_no = _reopen(db, series, header, now) if series else _insert_series(db, header, now)
@@ -255,6 +257,15 @@ def _reopen(db: sqlite3.Connection, row: sqlite3.Row, header: Header, now: float
     if row["state"] != State.RECEIVING:
         _move(db, series_no, Event.INSTANCE)
     return series_no
+
+
+def _touch(db: sqlite3.Connection, row: sqlite3.Row, now: float) -> None:
+    """As `_reopen`, for an instance that is counted already."""
+    db.execute(
+        "UPDATE series SET last_instance_at = MAX(last_instance_at, ?), association_ended = 0 WHERE series_no = ?",
+        (now, row["series_no"]),
+    )
+    _move(db, row["series_no"], Event.INSTANCE)
 
 
 def _move(db: sqlite3.Connection, series_no: int, event: Event, reason: str = "") -> None:

@@ -102,9 +102,9 @@ def run_doctor(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = Fals
         checks.append(check)
         if not as_json:
             mark = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "error": "[red]✗[/red]"}[check.level]
-            out.print(f"{mark} [bold]{check.name}[/bold]: {check.finding}", soft_wrap=True)
+            out.print(f"{mark} [bold]{check.name}[/bold]: {escape(check.finding)}", soft_wrap=True)
             if check.advice and check.level is not doctor.Level.OK:
-                out.print(f"    → {check.advice}", soft_wrap=True)
+                out.print(f"    → {escape(check.advice)}", soft_wrap=True)
     if as_json:
         out.print_json(json.dumps([check.__dict__ for check in checks]))
     if any(check.level is doctor.Level.ERROR for check in checks):
@@ -201,7 +201,7 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
 def _cell(name: str, value: object) -> str:
     if name.endswith("_at") and isinstance(value, float):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
-    return str(value)[:12] if name == "bundle_digest" else str(value)
+    return str(value)[:12] if name == "bundle_digest" else escape(str(value))
 
 
 if __name__ == "__main__":

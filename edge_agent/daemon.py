@@ -6,6 +6,8 @@ Never goes on with a part missing: a thread that ends by a defect ends the proce
 
 import logging
 import signal
+import sqlite3
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +25,14 @@ from edge_agent.pipeline import Pipeline
 from edge_agent.receive import StorageScp
 from edge_agent.releases import Installer
 from fleet_link import files, notify
-from fleet_link.errors import SiteError
+from fleet_link.errors import SiteError, WardroundError
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[Event], None]
 WATCH_S = 5.0
 STOP_TIMEOUT_S = 30.0
+DATABASE_RETRY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def run(config: Config) -> None:
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    config.box.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check(config)
     with status.run_lock(config.box.data_dir):
         holder = repair(config)
         scp = StorageScp(config, on_association_end=lambda: None)
@@ -62,6 +65,23 @@ def run(config: Config) -> None:
             _join(workers)
 
 
+def check(config: Config) -> None:
+    """What the site can mend, said before anything starts. Raises SiteError."""
+    page = config.review
+    try:
+        config.box.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if page.tls_certificate and page.tls_key:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(page.tls_certificate, page.tls_key)
+    except ssl.SSLError as error:
+        raise SiteError(
+            f"review.tls_certificate and tls_key do not fit: {error.reason}", advice="check both files"
+        ) from error
+    except OSError as error:
+        raise SiteError(
+            f"{error.filename}: {error.strerror}", advice="check the path and the service user's rights"
+        ) from error
+
+
 def repair(config: Config) -> ActiveBundle:
     """Make half-done work whole, and open the bundle in use."""
     files.remove_unfinished(config.box.data_dir)
@@ -75,7 +95,7 @@ def repair(config: Config) -> ActiveBundle:
 
 def work_of(config: Config, holder: ActiveBundle) -> dict[str, Work]:
     """What runs side by side; each item owns its thread and its database connection."""
-    enrolled = identity.load(config.box.data_dir) if identity.is_enrolled(config.box.data_dir) else None
+    enrolled = _enrolled(config)
     work: dict[str, Work] = {
         "pipeline": Pipeline(config, holder, time.time).run,
         "review": lambda stop: serve_review(config, stop),
@@ -87,8 +107,19 @@ def work_of(config: Config, holder: ActiveBundle) -> dict[str, Work]:
         work["installer"] = Installer(config, holder, time.time).run
         work["link"] = Link(config, enrolled, holder).run
     elif config.hub.enabled:
-        log.warning("not enrolled: no rounds and no releases; run `edge-agent enroll TOKEN`")
+        log.warning("not linked: no rounds and no releases; run `edge-agent enroll TOKEN`")
     return work
+
+
+def _enrolled(config: Config) -> identity.Enrolled | None:
+    """A damaged identity keeps the box from the hub, never from its scanners."""
+    if not identity.is_enrolled(config.box.data_dir):
+        return None
+    try:
+        return identity.load(config.box.data_dir)
+    except SiteError as error:
+        log.error("no link to the hub: %s (%s)", error, error.advice)
+        return None
 
 
 def watch(workers: list[Worker], stop: Event) -> None:
@@ -128,10 +159,21 @@ def serve_review(config: Config, stop: Event) -> None:
 
 def _thread(name: str, work: Work, stop: Event) -> Thread:
     def guarded() -> None:
-        try:
-            work(stop)
-        except Exception:  # the thread's outermost frame: logged here, `watch` ends the process
-            log.exception("%s stopped by a defect", name)
+        while not stop.is_set():
+            try:
+                work(stop)
+                return
+            except (
+                sqlite3.OperationalError
+            ) as error:  # disk full or locked: image receipt answers 0xA700 and stays open
+                log.error("%s: box.db: %s; again in %g s", name, error, DATABASE_RETRY_S)
+                stop.wait(DATABASE_RETRY_S)
+            except WardroundError as error:
+                log.error("%s stopped: %s (%s)", name, error, error.advice)
+                return
+            except Exception:  # the thread's outermost frame: logged here, `watch` ends the process
+                log.exception("%s stopped by a defect", name)
+                return
 
     thread = Thread(target=guarded, name=name, daemon=True)
     thread.start()

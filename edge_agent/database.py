@@ -69,3 +69,7 @@ def counter(db: sqlite3.Connection, name: str) -> int:
     """0 where nothing was counted yet."""
     row = db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
     return int(row["value"]) if row else 0
+
+
+def forget(db: sqlite3.Connection, name: str) -> None:
+    db.execute("DELETE FROM counters WHERE name = ?", (name,))

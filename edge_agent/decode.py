@@ -56,6 +56,7 @@ PLUGINS = {
     "1.2.840.10008.1.2.5": ("pydicom",),
 }
 MAX_VOXELS = 1 << 29  # 2 GiB as float32: more is a damaged header or nothing this box can hold
+MAX_FRAMES = 20_000  # each costs a row of header before the first pixel is read
 ORIENTATION_TOLERANCE = 0.01  # of a direction cosine; scanners round theirs
 
 
@@ -171,6 +172,8 @@ def _read_slices(path: Path) -> list[_Slice]:
         ds = dcmread(path, stop_before_pixels=True)
         _check_kind(ds)
         frames = int(ds.get("NumberOfFrames") or 1)
+        if frames > MAX_FRAMES:
+            raise DecodeError(f"an image of {frames} frames is too large")
         if frames > 1 or "PerFrameFunctionalGroupsSequence" in ds:
             return [_slice(path, ds, _groups(ds, index), index + 1) for index in range(max(frames, 1))]
         return [_slice(path, ds, [ds], None)]
@@ -265,9 +268,9 @@ def _images(path: Path, wanted: Sequence[_Slice]) -> Iterator[NDArray[np.float32
 
 
 def _modality_units(ds: Dataset, piece: _Slice, stored_YX: NDArray[Any]) -> NDArray[np.float32]:
-    is_signed, bits_stored = bool(ds.PixelRepresentation), int(ds.BitsStored)
+    is_signed, bits_stored = bool(ds.get("PixelRepresentation")), int(ds.BitsStored)
     stored_YX = _used_bits(ds, stored_YX)
-    if "ModalityLUTSequence" in ds:
+    if ds.get("ModalityLUTSequence"):
         try:
             stored_YX = apply_modality_lut(stored_YX, ds)
         except PYDICOM_ERRORS as error:
@@ -288,7 +291,7 @@ def _used_bits(ds: Dataset, stored_YX: NDArray[Any]) -> NDArray[Any]:
     unused = int(ds.BitsAllocated) - int(ds.BitsStored)
     if ds.file_meta.TransferSyntaxUID.is_compressed or unused <= 0:
         return stored_YX
-    above = int(ds.BitsAllocated) - 1 - int(ds.get("HighBit", ds.BitsStored - 1))
+    above = int(ds.BitsAllocated) - 1 - int(ds.get("HighBit") or ds.BitsStored - 1)
     return np.asarray((stored_YX << above) >> unused) if 0 <= above <= unused else stored_YX
 
 

@@ -102,7 +102,7 @@ class Delivery:
         try:
             answer = self._sender.store(self._config.box.data_dir / item["path"], now)
         except PacsAwayError as error:
-            self._pacs_is_away(db, item["item_no"], error)
+            self._pacs_is_away(db, item, error)
             return False
         self._pacs_answers()
         if answer.outcome is Outcome.DELIVERED:
@@ -116,12 +116,16 @@ class Delivery:
             log.warning("series %d: %s later: %s", item["series_no"], item["kind"], answer.text)
         return True
 
-    def _pacs_is_away(self, db: sqlite3.Connection, item_no: int, error: PacsAwayError) -> None:
-        """Nothing is tried until the wait is over; every object that waits shows why."""
+    def _pacs_is_away(self, db: sqlite3.Connection, item: sqlite3.Row, error: PacsAwayError) -> None:
+        """Nothing is tried until the wait is over; every object that waits shows why.
+
+        The object on its way lets others go first next time: it may be the one that the PACS breaks off at.
+        """
         self._away_until = self._clock() + wait_s(self._away, self._random.random())
         self._away += 1
         db.execute("UPDATE outbox SET last_error = ? WHERE state = 'pending'", (str(error),))
-        db.execute("UPDATE outbox SET attempts = attempts + 1 WHERE item_no = ?", (item_no,))
+        next_try_at = self._away_until + wait_s(item["attempts"], self._random.random())
+        postpone(db, item["item_no"], str(error), next_try_at)
         if self._away == 1:
             log.warning("results wait: %s (%s)", error, error.advice)
 

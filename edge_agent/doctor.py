@@ -155,8 +155,12 @@ def _pacs(config: Config) -> Iterator[Check]:
     ae = ApplicationEntity(pacs.calling_ae_title)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = TIMEOUT_S
     ae.add_requested_context("1.2.840.10008.1.1")
-    association = ae.associate(pacs.host, pacs.port, ae_title=pacs.ae_title)
     where = f"{pacs.ae_title} at {pacs.host}:{pacs.port}"
+    try:
+        association = ae.associate(pacs.host, pacs.port, ae_title=pacs.ae_title)
+    except OSError as error:
+        yield Check("pacs", Level.ERROR, f"{where}: {error.strerror}", "check pacs.host and DNS")
+        return
     if not association.is_established:
         said = "refused the association" if association.is_rejected else "does not answer"
         yield Check(

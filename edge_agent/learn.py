@@ -46,6 +46,8 @@ GUARD = ("setpriv", "--pdeathsig", "KILL", "choom", "-n", "900", "--")
 NEWEST_REVIEWS = """
     SELECT r.series_no, r.review_no, r.label FROM reviews r
     LEFT JOIN examples e ON e.series_no = r.series_no
+    JOIN results o ON o.result_no = r.result_no
+    JOIN series s ON s.series_no = r.series_no AND s.version = o.version AND s.state = 'reported'
     WHERE r.review_no = (SELECT MAX(review_no) FROM reviews WHERE series_no = r.series_no)
       AND (e.review_no IS NULL OR e.review_no < r.review_no)
     ORDER BY r.review_no

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event as StopEvent
+from urllib.parse import urlsplit
 
 from edge_agent import database, health, invitations, ledger, releases
 from edge_agent.bundles import ActiveBundle
@@ -48,11 +49,11 @@ CONNECTED = "hub_connected"  # counter: 1 while the broker has us
 HIGHEST_SEQUENCE = "hub_sequence"
 
 
-def open_bus(enrolled: Enrolled) -> Bus:
-    """Not started yet."""
+def open_bus(enrolled: Enrolled, hub_url: str = "") -> Bus:
+    """Not started yet. `hub_url` names the hub's host where it is no longer that of the enrolment."""
     files = enrolled.folder
     config = BusConfig(
-        host=enrolled.address.mqtt_host,
+        host=urlsplit(hub_url).hostname or enrolled.address.mqtt_host,
         port=enrolled.address.mqtt_port,
         name=enrolled.identity.name,
         ca_path=files.ca,
@@ -72,7 +73,7 @@ class Link:
     def run(self, stop: StopEvent) -> None:
         """Until `stop` is set. What the hub or the site does wrong is logged and survived; our own defects are not."""
         db = database.connect(self.config.box.data_dir)
-        bus = open_bus(self.enrolled)
+        bus = open_bus(self.enrolled, self.config.hub.url)
         conversation = Conversation(self, db, bus)
         bus.start()
         try:

@@ -116,12 +116,15 @@ class PacsSender:
         ae.network_timeout = 2 * IDLE_S
         for storage in (ComprehensiveSRStorage, SecondaryCaptureImageStorage):
             ae.add_requested_context(storage, SYNTAXES)
-        self._association = ae.associate(
-            self._pacs.host,
-            self._pacs.port,
-            ae_title=self._pacs.ae_title,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _without_delay)],
-        )
+        try:
+            self._association = ae.associate(
+                self._pacs.host,
+                self._pacs.port,
+                ae_title=self._pacs.ae_title,
+                evt_handlers=[(evt.EVT_CONN_OPEN, _without_delay)],
+            )
+        except OSError as error:  # a host name that does not resolve
+            raise self._away(f"{self._pacs.host} cannot be reached: {error.strerror}") from error
         if not self._association.is_established:
             raise self._away(_why_not(self._association))
         return self._association

@@ -22,6 +22,8 @@ from fleet_link.errors import SiteError
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.05  # between two looks at the catalog; a tenth of what a series takes
+MAX_ATTEMPTS = 3
+ATTEMPT = "attempt_at_series_"  # counter, before each reading and gone after it
 RETRY_S = 5.0  # after the disk refused: the series stays due
 
 
@@ -56,6 +58,18 @@ class Pipeline:
         series = catalog.next_due(db, self._clock(), quiet_time_s=self._config.dicom.quiet_time_s)
         if series is None:
             return False
+        attempt = f"{ATTEMPT}{series.series_no}"
+        database.count(db, attempt)
+        try:
+            if database.counter(db, attempt) > MAX_ATTEMPTS:  # a segfault or the out-of-memory killer raises nothing
+                catalog.mark_failed(db, series.series_no, f"reading it has stopped the box {MAX_ATTEMPTS} times")
+            else:
+                self._read(db, series)
+        finally:
+            database.forget(db, attempt)
+        return True
+
+    def _read(self, db: sqlite3.Connection, series: SeriesRow) -> None:
         try:
             decoded = decode.to_volume(instances.open(db, self._data_dir, series.series_no))
             active = self._holder.current
@@ -64,10 +78,14 @@ class Pipeline:
             catalog.mark_not_for_us(db, series.series_no, str(error))
         except SiteError as error:
             catalog.mark_failed(db, series.series_no, str(error))
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # a main loop: one odd series must not stop the box
+            log.exception("series %d: a defect in this software", series.series_no)
+            catalog.mark_failed(db, series.series_no, f"a defect in this software: {type(error).__name__}")
         else:
             result_no = keep_result(db, self._data_dir, series, found, active)
             self._report(db, result_no, series.series_no, series.version + 1, found, decoded)
-        return True
 
     def report_unreported(self, db: sqlite3.Connection) -> None:
         """At start: series whose findings are kept and whose report is not (killed between the two)."""
@@ -76,11 +94,11 @@ class Pipeline:
             (catalog.State.READ,),
         ).fetchall()
         for row in rows:
-            found = findings.restore(row["findings"], self._data_dir / row["maps_path"])
             try:
+                found = findings.restore(row["findings"], self._data_dir / row["maps_path"])
                 decoded = decode.to_volume(instances.open(db, self._data_dir, row["series_no"]))
-            except SiteError as error:
-                catalog.mark_failed(db, row["series_no"], str(error))
+            except (SiteError, OSError, ValueError, KeyError) as error:  # its files were damaged meanwhile
+                catalog.mark_failed(db, row["series_no"], f"its result cannot be read again: {type(error).__name__}")
                 continue
             self._report(db, row["result_no"], row["series_no"], row["version"], found, decoded)
 

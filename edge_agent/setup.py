@@ -7,6 +7,7 @@ Never overwrites a file that is there.
 import json
 import os
 import re
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,5 +55,8 @@ def _with_setting(text: str, setting: str) -> str:
 
 def _as_toml(value: str) -> str:
     """The value as it stands if it is TOML of one line, else as a quoted string (JSON's quoting is TOML's)."""
-    is_toml = re.fullmatch(r'true|false|[+-]?[\d_.]+(e[+-]?\d+)?|"[^"\n]*"|\[[^\n]*\]', value)
+    try:
+        is_toml = set(tomllib.loads(f"value = {value}")) == {"value"} and "\n" not in value
+    except tomllib.TOMLDecodeError:
+        is_toml = False
     return value if is_toml else json.dumps(value)

@@ -1,13 +1,16 @@
 """Tell systemd how the service is: ready, alive, stopping; and log to the journal where it is there.
 
-Writes to the socket named by NOTIFY_SOCKET through systemd-python, where that is installed; does nothing elsewhere.
+Writes to the socket named by NOTIFY_SOCKET; to the journal through systemd-python, where that is installed.
 Never needed for the service to work.
 Source: sd_notify(3), sd_watchdog_enabled(3), systemd.journal.
 """
 
+import contextlib
 import logging
 import os
+import socket
 import sys
+import threading
 import traceback
 import warnings
 from typing import Any
@@ -49,12 +52,12 @@ def watchdog_interval_s(default_s: float) -> float:
 def set_up_logging(level: str) -> None:
     """One line per state change: to the journal when systemd reads our stderr, else to stderr with a time."""
     if _journal is not None and "JOURNAL_STREAM" in os.environ:
-        handler: logging.Handler = _journal.JournalHandler(SYSLOG_IDENTIFIER=os.path.basename(sys.argv[0]))
-        handler.setFormatter(_WithoutValues("%(name)s: %(message)s"))
+        handler: logging.Handler = _Journal(_journal)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_WithoutValues(_FORMAT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    threading.excepthook = _without_text
     warnings.simplefilter("ignore")  # pydicom's warnings quote the values of elements
     for chatty in ("pynetdicom", "httpx", "httpcore", "uvicorn.access", "tuf", "pydicom", "highdicom"):
         logging.getLogger(chatty).setLevel(logging.ERROR)  # their lines may hold patient data or tokens
@@ -68,6 +71,32 @@ class _WithoutValues(logging.Formatter):
         return "".join(traceback.format_tb(trace)) + f"{kind.__name__} (text withheld: it may hold patient data)"
 
 
+class _Journal(logging.Handler):
+    """The journal, through systemd-python. Its own handler would send the exception's text in a field of its own."""
+
+    def __init__(self, journal: Any) -> None:
+        super().__init__()
+        self._journal = journal
+        self._identifier = os.path.basename(sys.argv[0])
+        self.setFormatter(_WithoutValues("%(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        priority = {"ERROR": 3, "CRITICAL": 2, "WARNING": 4, "INFO": 6}.get(record.levelname, 7)
+        self._journal.send(self.format(record), PRIORITY=priority, SYSLOG_IDENTIFIER=self._identifier)
+
+
+def _without_text(arguments: threading.ExceptHookArgs) -> None:
+    """A thread that nobody guards, as an association's: its defect goes to the log under the same rule."""
+    if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
+        where = (arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+        logging.getLogger(__name__).error("a thread stopped by a defect", exc_info=where)
+
+
 def _notify(message: str) -> None:
+    """Through systemd-python where it is, else by the same datagram ourselves: the units are Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
     if _systemd is not None:
         _systemd.notify(message)
+    elif address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+            channel.sendto(message.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)

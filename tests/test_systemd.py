@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,6 @@ def systemd_socket(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("systemd") is None, reason="the `systemd` extra is not installed")
 def test_box_reports_ready_alive_and_stopping(tmp_path: Path, systemd_socket: socket.socket) -> None:
     with House(tmp_path / "house") as house:
         box = house.add_box("north-1", "north", {"hub.enabled": False, "pacs.enabled": False})
@@ -59,7 +57,6 @@ def test_box_reports_ready_alive_and_stopping(tmp_path: Path, systemd_socket: so
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("systemd") is None, reason="the `systemd` extra is not installed")
 def test_hub_reports_ready_alive_and_stopping(tmp_path: Path, systemd_socket: socket.socket) -> None:
     with House(tmp_path / "house") as house:
         house.hub.init()
