@@ -17,7 +17,7 @@ from benchmarks.orthanc import Orthanc, binary
 from edge_agent import config, database, delivery, report
 from edge_agent.config import Config
 from edge_agent.delivery import Delivery, wait_s
-from edge_agent.pacs import IDLE_S, Outcome, judge
+from edge_agent.pacs import IDLE_S, Answer, Outcome, PacsAwayError, judge
 from edge_agent.report import ReportFile
 from tests.edge_agent.report_support import findings, open_reader, series
 
@@ -385,3 +385,32 @@ def test_the_thread_delivers_what_is_put_in_and_stops(
         assert not thread.is_alive()
         assert pacs.count_instances() == 2
     assert states(db) == ["delivered", "delivered"]
+
+
+def test_an_object_that_the_pacs_breaks_off_at_lets_the_next_go_first(
+    db: sqlite3.Connection, data_dir: Path, written: tuple[ReportFile, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(db, data_dir, written)
+    clock = Clock()
+    sending = Delivery(configured(data_dir, 1), clock)
+
+    def breaks_off_at_the_report(path: Path, now: float) -> Answer:
+        if path.name.endswith("SR.dcm"):
+            raise PacsAwayError("the PACS closed the association")
+        return Answer(Outcome.DELIVERED)
+
+    monkeypatch.setattr(sending._sender, "store", breaks_off_at_the_report)
+    for _ in range(20):
+        sending.step(db)
+        clock.now += 1.0
+    assert {row["kind"]: row["state"] for row in rows(db)} == {"SR": "pending", "SC": "delivered"}
+
+
+def test_a_host_name_that_does_not_resolve_is_a_pacs_that_is_away(
+    db: sqlite3.Connection, data_dir: Path, written: tuple[ReportFile, ...]
+) -> None:
+    fill(db, data_dir, written)
+    pacs = {"enabled": True, "host": "pacs.invalid", "port": 104}
+    sending = Delivery(config.parse({"pacs": pacs, "box": {"data_dir": "."}}, folder=data_dir), Clock())
+    assert not sending.step(db)
+    assert all("pacs.invalid cannot be reached" in row["last_error"] for row in rows(db))
