@@ -280,16 +280,23 @@ def test_no_room_on_the_disk_is_the_sites_matter(tmp_path: Path, spool: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("transfer", "index", "length"),
-    [(ID, 5, 904), (ID, 2**32 - 1, 1024), ("cd" * 16, 0, 1024), (ID, 0, 1023), (ID, 0, 1025), (ID, 4, 1024)],
+    ("transfer", "index", "length", "reason"),
+    [
+        (ID, 5, 904, "does not belong"),
+        (ID, 2**32 - 1, 1024, "does not belong"),
+        ("cd" * 16, 0, 1024, "does not belong"),
+        (ID, 0, 1023, "has 1023 bytes"),
+        (ID, 0, 1025, "has 1025 bytes"),
+        (ID, 4, 1024, "has 1024 bytes"),
+    ],
 )
 def test_refuses_each_wrong_chunk_and_goes_on(
-    tmp_path: Path, spool: Path, transfer: str, index: int, length: int
+    tmp_path: Path, spool: Path, transfer: str, index: int, length: int, reason: str
 ) -> None:
     path = make_file(tmp_path, 5000)
     offer = make_offer(path)
     incoming = Incoming.open(spool, offer, max_bytes=LIMIT)
-    with pytest.raises(LinkError):
+    with pytest.raises(LinkError, match=reason):
         incoming.on_chunk(chunks.frame(transfer, index, b"x" * length))
     for _, frame in started(path, offer).due(0.0):
         incoming.on_chunk(frame)
