@@ -6,6 +6,7 @@ Axes: B series, S slices, H W input pixels, h w places, N = B·S slices, L = h·
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.errors import BundleError
-from models.spec import MODALITIES, TaskSpec
+from models.spec import MODALITIES, InputSpec, TaskSpec
 
-TINY = "hybrid-tiny"
+NANO, TINY, SMALL, BASE = "hybrid-nano", "hybrid-tiny", "hybrid-small", "hybrid-base"
+STRIDE = 32  # the input's side is a multiple of it
 FAR = 1e4  # what a padded slice or another modality's label is pushed away by
 
 
@@ -24,19 +26,35 @@ class HybridConfig:
     """The sizes of one network."""
 
     label_modality: tuple[int, ...]  # for each logit, the modality whose task it belongs to
-    input_px: int = 96
-    widths: tuple[int, int, int] = (32, 64, 128)  # convolution stages at 1/4 and 1/8, transformer features at 1/16
-    conv_blocks: int = 1
-    depth: int = 3
+    input_px: int
+    widths: tuple[int, int, int, int]  # features at 1/4 and 1/8 (convolution), 1/16 and 1/32 (transformer)
+    conv_blocks: int  # in each convolution stage
+    depths: tuple[int, int]  # blocks in each transformer stage; the last may be 0: there is no such stage then
     attention_heads: int = 4
     mlp_ratio: int = 3
 
 
-def config_of(network: str, tasks: tuple[TaskSpec, ...]) -> HybridConfig:
-    """The sizes that a manifest's `network` names. Raises BundleError for a name this software does not know."""
-    if network != TINY:
+_SIZES: dict[str, tuple[tuple[int, int, int, int], int, tuple[int, int]]] = {  # widths, conv_blocks, depths
+    NANO: ((32, 64, 128, 0), 1, (3, 0)),
+    TINY: ((32, 64, 128, 256), 1, (2, 2)),
+    SMALL: ((48, 96, 192, 384), 1, (3, 2)),
+    BASE: ((96, 192, 320, 640), 2, (4, 3)),
+}
+
+
+def config_of(network: str, tasks: Sequence[TaskSpec], inputs: Sequence[InputSpec]) -> HybridConfig:
+    """The sizes that a manifest's `network` names, for its tasks and inputs.
+
+    Raises BundleError for a name this software does not know and for inputs of several sizes or a size it cannot read.
+    """
+    if network not in _SIZES:
         raise BundleError(f"network {network} is not known here", advice="update the software before this bundle")
-    return HybridConfig(tuple(MODALITIES.index(task.modality) for task in tasks for _ in task.labels))
+    sides = {spec.size for spec in inputs}
+    if len(sides) != 1 or min(sides) % STRIDE:
+        raise BundleError(f"the inputs of {network} have one side, a multiple of {STRIDE}, not {sorted(sides)}")
+    widths, conv_blocks, depths = _SIZES[network]
+    label_modality = tuple(MODALITIES.index(task.modality) for task in tasks for _ in task.labels)
+    return HybridConfig(label_modality, min(sides), widths, conv_blocks, depths)
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
-        first, second, features = config.widths
+        first, second, features, wide = config.widths
         self.stem = nn.Sequential(
             nn.Conv2d(1, first // 2, 3, 2, 1), _norm(first // 2), nn.GELU(), nn.Conv2d(first // 2, first, 3, 2, 1)
         )
@@ -71,9 +89,8 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         side = config.input_px // 16
         self.modality = nn.Embedding(len(MODALITIES), features)
         self.position = nn.Parameter(torch.randn(1, features, side, side) * 0.02)
-        self.context = nn.Sequential(
-            *(_TransformerBlock(features, config.attention_heads, config.mlp_ratio) for _ in range(config.depth))
-        )
+        self.context = _transformer(config, features, config.depths[0])
+        self.wider = _WideContext(config, features, wide) if config.depths[1] else None
         self.detail = nn.Conv2d(second, features, 1)
         self.join_norm = nn.LayerNorm(features)
         self.join = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, features))
@@ -129,9 +146,9 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         """One feature vector per place at 1/8 of the input: the middle stage's detail plus the transformer's context."""
         middle_NCHW = self.texture_stages()(slices_N1HW)
         tokens_NDhw = self.tokens(middle_NCHW) + self.position + modality_ND[:, :, None, None]
-        features, h, w = tokens_NDhw.shape[1:]
-        context_NLD = self.context(tokens_NDhw.flatten(2).transpose(1, 2))
-        context_NDhw = context_NLD.transpose(1, 2).reshape(-1, features, h, w)
+        context_NDhw = _over_places(self.context, tokens_NDhw)
+        if self.wider is not None:
+            context_NDhw = context_NDhw + self.wider(context_NDhw)
         joined_NDHW = self.detail(middle_NCHW) + functional.interpolate(context_NDhw, scale_factor=2.0, mode="nearest")
         joined_NHWD = self.join_norm(joined_NDHW.permute(0, 2, 3, 1))
         return (joined_NHWD + self.join(joined_NHWD)).permute(0, 3, 1, 2)
@@ -142,6 +159,22 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         distance_BK = offset_BKD.square().mean(2).sqrt()
         other_BK = (modality_B.unsqueeze(1) != self.label_modality_K.unsqueeze(0)).to(distance_BK.dtype)
         return (distance_BK + other_BK * FAR).amin(1)
+
+
+class _WideContext(nn.Module):  # type: ignore[misc]
+    """The second transformer stage: a quarter of the places, more features; what it adds to the first."""
+
+    def __init__(self, config: HybridConfig, features: int, wide: int) -> None:
+        super().__init__()
+        side = config.input_px // 32
+        self.down = nn.Sequential(_norm(features), nn.Conv2d(features, wide, 3, 2, 1))
+        self.position = nn.Parameter(torch.randn(1, wide, side, side) * 0.02)
+        self.context = _transformer(config, wide, config.depths[1])
+        self.back = nn.Conv2d(wide, features, 1)
+
+    def forward(self, x_NDhw: Tensor) -> Tensor:
+        wide_NDhw = _over_places(self.context, self.down(x_NDhw) + self.position)
+        return functional.interpolate(self.back(wide_NDhw), scale_factor=2.0, mode="nearest")
 
 
 class _ConvBlock(nn.Module):  # type: ignore[misc]
@@ -188,6 +221,17 @@ class _TransformerBlock(nn.Module):  # type: ignore[misc]
         weights_NALL = torch.softmax(query_NALd @ key_NALd.transpose(2, 3) * width**-0.5, dim=3)
         mixed_NLD = (weights_NALL @ value_NALd).transpose(1, 2).reshape(-1, length, features)
         return self.project(mixed_NLD)
+
+
+def _transformer(config: HybridConfig, features: int, depth: int) -> nn.Sequential:
+    blocks = (_TransformerBlock(features, config.attention_heads, config.mlp_ratio) for _ in range(depth))
+    return nn.Sequential(*blocks)
+
+
+def _over_places(context: nn.Module, x_NDhw: Tensor) -> Tensor:
+    """Each place as one token."""
+    features, h, w = x_NDhw.shape[1:]
+    return context(x_NDhw.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(-1, features, h, w)
 
 
 def _norm(width: int) -> nn.GroupNorm:

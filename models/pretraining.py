@@ -19,7 +19,7 @@ from models import calibration
 from models.bundle import INPUT_NAMES, Array, BundleParts, write_bundle
 from models.examples import LESION_SIDE, Example, batches
 from models.export import OPSET, other_batch, parity, run_torch, to_onnx
-from models.network import TINY, Hybrid
+from models.network import NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
 from models.preprocess import Volume, prepare
 from models.spec import MODALITIES, InputSpec, Manifest, TaskSpec
@@ -73,7 +73,7 @@ def pretrain(out: Path, seed: int, scale: float, progress: Progress) -> None:
         for modality, count in PHANTOMS_PER_LABEL.items()
         for example in phantom_examples(modality, max(4, int(count * scale)), seed, BASE)
     ]
-    network = new_network(TINY, TASKS, seed)
+    network = new_network(NANO, TASKS, INPUTS, seed)
     train(network, examples, replace(PLAN, seed=seed), progress)
     fit_ood(network, examples[:: max(1, len(examples) // 1500)])
     manifest = calibrated(network, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
@@ -135,7 +135,7 @@ def calibrated(network: Hybrid, held_back: Sequence[Example]) -> Manifest:
         format=1,
         name=NAME,
         version=VERSION,
-        network=TINY,
+        network=NANO,
         inputs=INPUTS,
         tasks=tuple(calibrated_task(task, seen[task.name]) for task in TASKS),
         ood_threshold=round(float(np.quantile(ood_N, OOD_QUANTILE)) * OOD_TOLERANCE, 4),

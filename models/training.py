@@ -26,7 +26,7 @@ from models.delta import Trainable, trainable_names
 from models.errors import ModelError, VolumeError
 from models.examples import Batch, Example, batches, class_weights, read_examples
 from models.network import Hybrid, config_of
-from models.spec import TaskSpec
+from models.spec import InputSpec, TaskSpec
 
 _EVALUATION_BATCH = 16
 _GRADIENT_NORM = 1.0
@@ -90,7 +90,7 @@ def predict(network: Hybrid, examples: Sequence[Example]) -> dict[str, Predicted
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for batch in batches(examples, _EVALUATION_BATCH):
         with torch.no_grad():
-            logits_BK, _map, _weights, ood_B = network(*inputs(batch))
+            logits_BK, _map, _weights, ood_B = network(*graph_inputs(batch))
         label_B = torch.from_numpy(batch.label_B)
         found.setdefault(batch.task.name, []).append((_own_logits(logits_BK, batch), label_B, ood_B))
     return {
@@ -109,13 +109,13 @@ def looks(network: Hybrid, examples: Sequence[Example]) -> tuple[NDArray[np.floa
     features, columns = [], []
     for batch in batches(examples, _EVALUATION_BATCH):
         with torch.no_grad():
-            slices_BSHW, slice_mask_BS, _ = inputs(batch)
+            slices_BSHW, slice_mask_BS, _ = graph_inputs(batch)
             features.append(network.look(slices_BSHW, slice_mask_BS).numpy())
         columns.append(batch.label_B + batch.task.offset)
     return np.concatenate(features), np.concatenate(columns)
 
 
-def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def graph_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The graph's inputs."""
     return (
         torch.from_numpy(batch.slices_BSHW),
@@ -124,13 +124,13 @@ def inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def new_network(network: str, tasks: tuple[TaskSpec, ...], seed: int) -> Hybrid:
+def new_network(network: str, tasks: Sequence[TaskSpec], inputs: Sequence[InputSpec], seed: int) -> Hybrid:
     torch.manual_seed(seed)
-    return Hybrid(config_of(network, tasks))
+    return Hybrid(config_of(network, tasks, inputs))
 
 
 def network_of(bundle: Bundle) -> Hybrid:
-    network = Hybrid(config_of(bundle.manifest.network, bundle.manifest.tasks))
+    network = Hybrid(config_of(bundle.manifest.network, bundle.manifest.tasks, bundle.manifest.inputs))
     load_weights(network, bundle.weights)
     network.eval()
     return network
@@ -171,7 +171,7 @@ def finetune(bundle: Bundle, examples_folder: Path, out: Path, plan: TrainingPla
 
 
 def _loss(network: Hybrid, batch: Batch, weight_K: Tensor, plan: TrainingPlan) -> Tensor:
-    seen = network.attended(*inputs(batch))
+    seen = network.attended(*graph_inputs(batch))
     label_B = torch.from_numpy(batch.label_B)
     logits_BK = _own_logits(network.head(seen.pooled_BD), batch)
     each_B = functional.cross_entropy(logits_BK, label_B, reduction="none", label_smoothing=plan.label_smoothing)

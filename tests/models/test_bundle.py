@@ -39,7 +39,7 @@ def parts() -> BundleParts:
         format=1,
         name="test",
         version="1",
-        network="hybrid-tiny",
+        network="hybrid-nano",
         inputs=INPUTS,
         tasks=TASKS,
         ood_threshold=2.0,

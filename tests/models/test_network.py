@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.bundle import INPUT_NAMES, OUTPUT_NAMES, Arrays, Bundle
-from models.tasks import TASKS
+from models.tasks import INPUTS, TASKS
 
 torch = pytest.importorskip("torch", reason="the network needs the extra `train`")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 def network():
     from models.training import new_network
 
-    return new_network("hybrid-tiny", TASKS, seed=0).eval()
+    return new_network("hybrid-nano", TASKS, INPUTS, seed=0).eval()
 
 
 def run(network, inputs: Arrays) -> Arrays:
@@ -79,7 +79,7 @@ def test_an_unknown_network_is_refused() -> None:
     from models.network import config_of
 
     with pytest.raises(BundleError, match="hybrid-huge is not known"):
-        config_of("hybrid-huge", TASKS)
+        config_of("hybrid-huge", TASKS, INPUTS)
 
 
 def test_the_shipped_weights_are_the_shipped_graph(shipped: Bundle, run_shipped) -> None:
