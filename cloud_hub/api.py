@@ -1,6 +1,6 @@
 """The hub's HTTPS side: JSON for operators under /api/v1, enrolment for boxes, the hub page.
 
-Reads and writes the tables through registry, coordinator and views; the broker is told after the commit.
+Reads and writes the tables through registry, invitations, ledger and views; the broker is told after the commit.
 Never answers without the admin token, but for enrolment, which has its own.
 Source: RFC 6750 (Bearer); RFC 9110.
 """
@@ -20,9 +20,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from cloud_hub import coordinator, dashboard, enrolment, registry, views
+from cloud_hub import dashboard, enrolment, invitations, ledger, registry, views
 from cloud_hub.context import Context, bounded_body, same_secret
-from cloud_hub.database import record_refusal
 from cloud_hub.registry import NotFoundError
 from fleet_link.errors import SiteError, WardroundError
 
@@ -60,6 +59,10 @@ class NewRound(_Body, frozen=True):
     devices: tuple[str, ...] | None = None
 
 
+class DropRound(_Body, frozen=True):
+    reason: Annotated[str, Meta(max_length=400)] = ""
+
+
 def create_app(context: Context) -> Starlette:
     """Everything the hub serves over HTTPS."""
     static = StaticFiles(directory=str(files("cloud_hub").joinpath("static")))
@@ -88,6 +91,7 @@ def _api_routes(context: Context) -> list[BaseRoute]:
         Route("/rounds", api.get(lambda session, request, now: {"rounds": views.rounds(session)})),
         Route("/rounds", api.post(api.start_round, NewRound), methods=["POST"]),
         Route("/rounds/{round_id}", api.get(api.round)),
+        Route("/rounds/{round_id}/drop", api.post(api.drop_round, DropRound), methods=["POST"]),
         Route("/releases", api.get(lambda session, request, now: {"releases": views.releases(session)})),
         Route("/releases/{release_version:int}", api.get(api.release)),
         Route("/accuracy", api.get(lambda session, request, now: {"accuracy": views.accuracy_by_release(session)})),
@@ -149,7 +153,7 @@ class _Api:
 
     def start_round(self, session: Session, request: Request, body: NewRound, now: float) -> Any:
         defaults = self._config.rounds
-        round_id = coordinator.start_round(
+        round_id = invitations.start_round(
             session,
             self._config,
             kind=body.kind,
@@ -164,6 +168,12 @@ class _Api:
             devices=list(body.devices) if body.devices is not None else None,
             now=now,
         )
+        session.flush()
+        return views.round_(session, round_id)
+
+    def drop_round(self, session: Session, request: Request, body: DropRound, now: float) -> Any:
+        round_id = request.path_params["round_id"]
+        ledger.drop(session, round_id, body.reason, now)
         session.flush()
         return views.round_(session, round_id)
 
@@ -223,8 +233,7 @@ class _Api:
             return _error(400, SiteError(f"the request is not understood: {error}", advice="see fleet --help"))
 
     def _unauthorised(self) -> Response:
-        with self._context.database.writing() as session:
-            record_refusal(session, device="", what="api", reason="wrong admin token", now=self._context.clock())
+        self._context.strangers.refused(device="", what="api", reason="wrong admin token")
         response = _error(401, SiteError("the admin token is missing or wrong", advice="give --token-file admin.token"))
         response.headers["WWW-Authenticate"] = 'Bearer realm="wardround"'
         return response

@@ -46,6 +46,8 @@ def configuration(config: Config) -> str:
         "per_listener_settings false",
         f"user {pwd.getpwuid(os.geteuid()).pw_name}",  # as root Mosquitto would become a user that cannot read keys/
         "persistence false",
+        "retain_available false",
+        f"memory_limit {config.broker.memory_bytes_max}",
         "sys_interval 0",
         "set_tcp_nodelay true",
         f"message_size_limit {MESSAGE_BYTES_MAX}",
@@ -113,12 +115,13 @@ class Broker:
         log.info("broker runs on port %d", self._config.broker.port)
 
     def watch(self) -> None:
-        """Restart Mosquitto if it died, report refused connections, re-issue the revocation list daily."""
+        """Restart Mosquitto if it died, report refused connections, re-issue the revocation list when due."""
         self._report_refused()
         if self._child is None:
             return
         if self.running:
-            if time.time() - self._access_written_at > ACCESS_AGE_MAX_S:
+            age_s = time.time() - self._access_written_at
+            if not 0.0 <= age_s <= ACCESS_AGE_MAX_S:  # a list from before the clock went back may not be valid yet
                 self.reload()
             return
         now = time.monotonic()
@@ -131,7 +134,10 @@ class Broker:
             log.info("broker restarted")
 
     def reload(self) -> None:
-        """Bring the registry's word to the broker: files first, then SIGHUP. Safe from any thread."""
+        """Bring the registry's word, and the server's certificate, to the broker: files first, then SIGHUP.
+
+        Safe from any thread.
+        """
         self._refresh_access()
         child = self._child
         if child is not None and child.poll() is None:

@@ -21,7 +21,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="The hub of a Wardround fleet: certificates, rounds, releases.",
-    epilog="First: hub init --data-dir DIR --host NAME, then hub run --config DIR/hub.toml, then fleet --help",
+    epilog="First: hub init --data-dir DIR --host NAME, then hub run --config DIR/hub.toml, then fleet --help. "
+    "Backup, also while it runs: sqlite3 DIR/hub.db \".backup 'TO/hub.db'\" first, then copy hub.toml, fleet.toml, "
+    "admin.token, ca/, keys/ and releases/; ca/ and keys/ are secrets.",
 )
 ConfigPath = Annotated[Path, typer.Option("--config", help="The hub's hub.toml.")]
 DEFAULT_CONFIG = Path("hub.toml")

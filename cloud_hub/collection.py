@@ -47,12 +47,14 @@ class Collection:
     plan: RoundPlan
     opener: Opener
     total: RunningSum
+    devices: set[str]  # whose update is in `total`, or is half in it where adding failed
 
     def open(self, path: Path, *, sender: str, now: float) -> Update:
         """Raises TrustError unless the file is a sound update of `sender` for this round."""
         return open_update(path.read_bytes(), self.opener, sender=sender, now=now)
 
-    def add(self, update: Update) -> None:
+    def add(self, device: str, update: Update) -> None:
+        self.devices.add(device)
         self.total.add(update.delta, update.weight)
 
 
@@ -64,11 +66,11 @@ def rebuild(plan: RoundPlan, base: Path, vault: Vault, counted: Iterable[Counted
         raise LostError(f"the round's base cannot be read: {error}", advice=error.advice) from error
     shapes = {name: weights[name].shape for name in delta.trainable_names(weights, plan.trainable)}
     opener = Opener(plan, shapes, vault.sealing_key, vault.trust, vault.examples_cap)
-    collection = Collection(plan, opener, RunningSum(shapes))
+    collection = Collection(plan, opener, RunningSum(shapes), set())
     for row in counted:
         try:
             # As of when it was counted: its certificate may have ended since.
-            collection.add(collection.open(row.path, sender=row.device, now=row.counted_at))
+            collection.add(row.device, collection.open(row.path, sender=row.device, now=row.counted_at))
         except (OSError, TrustError) as error:
             raise LostError(
                 f"the counted update of {row.device} cannot be read again: {error}", advice="check the hub's disk"

@@ -18,7 +18,7 @@ from msgspec import Meta
 from fleet_link.errors import SiteError
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
-HostName = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?$")]
+HostName = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?\Z")]
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=30 * 86400.0)]
 
@@ -39,6 +39,7 @@ class BrokerSection(_Section, frozen=True, kw_only=True):
     port: Port
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)]
     connections_max: Positive
+    memory_bytes_max: Annotated[int, Meta(ge=64 * 1024**2, le=1024**4)]
 
 
 class HttpsSection(_Section, frozen=True, kw_only=True):
@@ -64,7 +65,7 @@ class RoundsSection(_Section, frozen=True, kw_only=True):
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e6)]
     examples_cap: Positive
-    update_bytes_max: Annotated[int, Meta(ge=1, le=4 * 1024**3)]
+    update_per_base_max: Annotated[float, Meta(gt=0.0, le=16.0)]
     export_timeout_s: Seconds
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from cloud_hub.ca import Authority
 from cloud_hub.config import Config
 from cloud_hub.database import Database
+from cloud_hub.strangers import Strangers
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Context:
     config: Config
     database: Database
     authority: Authority
+    strangers: Strangers
     admin_token: str
     reload_broker: Callable[[], None]  # Broker.reload: access files from the registry, then SIGHUP
     broker_running: Callable[[], bool]
@@ -30,12 +32,15 @@ class Context:
 
 
 async def bounded_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises 413 as soon as it is over `limit` bytes."""
+    """The request's body. Raises 413 as soon as it is over `limit` bytes, 400 where it breaks off."""
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise HTTPException(413, f"the body is over {limit} bytes")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise HTTPException(413, f"the body is over {limit} bytes")
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the body broke off") from error
     return body
 
 

@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloud_hub import plot, views
 from cloud_hub.context import Context, bounded_body, same_secret
-from cloud_hub.database import record_refusal
 from cloud_hub.registry import NotFoundError
 
 COOKIE = "__Host-wardround"
@@ -152,8 +151,7 @@ class _Pages:
     def _login(self, token: str, wanted: str) -> Response:
         now = self._context.clock()
         if not same_secret(token, self._context.admin_token):
-            with self._context.database.writing() as session:
-                record_refusal(session, device="", what="login", reason="wrong admin token at the hub page", now=now)
+            self._context.strangers.refused(device="", what="login", reason="wrong admin token at the hub page")
             return self._render("login.html", status=401, next=local_path(wanted), wrong=True)
         hours = self._context.config.https.session_hours
         answer = RedirectResponse(local_path(wanted), status_code=303)

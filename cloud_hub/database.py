@@ -5,8 +5,9 @@ Never holds an update or a bundle: those are files, named here by path relative 
 Source: SQLite "Write-Ahead Logging"; SQLAlchemy "Transactions with SQLite and the sqlite3 driver".
 """
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ REFUSALS_KEPT = 10_000
 
 class Base(DeclarativeBase):
     pass
+
+
+class Counter(Base):
+    """Single numbers that outlive the process."""
+
+    __tablename__ = "counters"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[int] = mapped_column(BigInteger)
 
 
 class Site(Base):
@@ -127,6 +136,14 @@ class DeviceRelease(Base):
     reported_at: Mapped[float | None] = mapped_column(default=None)
 
 
+class Canary(Base):
+    """A device that tries a release before all others; chosen once, replaced only when it goes silent before it reports."""
+
+    __tablename__ = "canaries"
+    release_version: Mapped[int] = mapped_column(ForeignKey("releases.release_version"), primary_key=True)
+    device: Mapped[str] = mapped_column(ForeignKey("devices.device"), primary_key=True)
+
+
 class Transfer(Base):
     """One large thing in or out. direction: in | out. state: open | done | refused."""
 
@@ -187,8 +204,9 @@ class Database:
 def connect(path: Path) -> Database:
     """Open (and on first use create) hub.db.
 
-    Raises SiteError when the file is from a newer software version.
+    Raises SiteError when the file cannot be written or is from a newer software version.
     """
+    _only_ours(path)
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
@@ -204,18 +222,37 @@ def connect(path: Path) -> Database:
     return Database(engine)
 
 
-def record_refusal(session: Session, *, device: str, what: str, reason: str, now: float) -> None:
+def counter(session: Session, name: str) -> int:
+    """0 where nothing was kept yet."""
+    row = session.get(Counter, name)
+    return row.value if row is not None else 0
+
+
+def record_refusal(session: Session, *, device: str, what: str, reason: str, now: float, count: int = 1) -> None:
     """Make a refusal visible to the operator (`fleet refusals`). `what`: message, update, csr, token, connection, …"""
     device, reason = device[:63], reason[:500]
     same = session.scalars(select(Refusal).filter_by(device=device, what=what, reason=reason)).first()
     if same is not None:
-        same.count += 1
+        same.count += count
         same.at = now
         return
-    session.add(Refusal(at=now, device=device, what=what, reason=reason, count=1))
+    session.add(Refusal(at=now, device=device, what=what, reason=reason, count=count))
     session.flush()
     newest = session.scalar(select(func.max(Refusal.refusal_no))) or 0
     session.execute(delete(Refusal).where(Refusal.refusal_no <= newest - REFUSALS_KEPT))
+
+
+def _only_ours(path: Path) -> None:
+    """Mode 0600 whatever the umask; SQLite gives -wal and -shm the rights of the database file."""
+    try:
+        path.touch(mode=0o600)
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.chmod(f"{path}{suffix}", 0o600)
+    except OSError as error:
+        raise SiteError(
+            f"{path}: {error.strerror}", advice="is data_dir there, and may the hub write in it?"
+        ) from error
 
 
 def _on_connect(dbapi_connection: Any, _record: Any) -> None:

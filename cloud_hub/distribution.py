@@ -1,20 +1,20 @@
 """Releases on their way to the boxes: gather facts, let `rollout` decide, store offers and what boxes report.
 
-Reads and writes the tables releases and device_releases; reads heartbeats.
+Reads and writes the tables releases, canaries and device_releases; reads heartbeats.
 Never decides who is offered what (rollout.py) and never signs (releases.py).
 Source: ARCHITECTURE.md, "Releases".
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from cloud_hub import rollout
 from cloud_hub.config import Config
-from cloud_hub.database import Database, Device, DeviceRelease, Release, record_refusal
+from cloud_hub.database import Canary, Database, Device, DeviceRelease, Release, record_refusal
 from cloud_hub.rollout import DeviceFacts, Stage
 from fleet_link.messages import Heartbeat, ReleaseReport
 
@@ -30,9 +30,11 @@ class Distribution:
         self._config = config
         self._database = database
         self.offers: Mapping[str, Release] = {}  # device -> the release it may take now
+        self._since = 0.0  # the first decision: before it nobody could be heard
 
     def decide(self, now: float) -> set[str]:
         """Bring stages and offers up to date. Gives the devices that have a new offer."""
+        self._since = self._since or now
         with self._database.writing() as session:
             offers = self._decide(session, now)
             for device, release in offers.items():
@@ -50,7 +52,7 @@ class Distribution:
         }
 
     def reported(self, device: str, report: ReleaseReport, now: float) -> tuple[bool, str]:
-        """Store what became of a release on a box; a later word replaces an earlier one."""
+        """Store what became of a release on a box that was offered it; a later word replaces an earlier one."""
         with self._database.writing() as session:
             release = session.get(Release, report.release_version)
             if release is None or release.bundle_digest != report.bundle_digest:
@@ -58,9 +60,10 @@ class Distribution:
                 record_refusal(session, device=device, what="report", reason=reason, now=now)
                 return False, reason
             row = session.get(DeviceRelease, (device, report.release_version))
-            if row is None:
-                row = DeviceRelease(device=device, release_version=report.release_version, outcome=OFFERED)
-                session.add(row)
+            if row is None or row.offered_at is None:
+                reason = f"release {report.release_version} was never offered to {device}"
+                record_refusal(session, device=device, what="report", reason=reason, now=now)
+                return False, reason
             row.outcome, row.reason, row.reported_at = report.outcome, report.reason, now
             if report.heldout or not row.heldout:  # a repeated report without figures does not wipe them out
                 row.heldout = report.heldout
@@ -76,12 +79,15 @@ class Distribution:
         heartbeats = {d.device: _heartbeat(d) for d in devices}
         for release in session.scalars(select(Release).order_by(Release.release_version.desc())):
             facts = [self._facts(session, d, heartbeats[d.device], release, now) for d in devices]
+            chosen = set(session.scalars(select(Canary.device).filter_by(release_version=release.release_version)))
             decision = rollout.next_offers(
                 Stage(release.state),
                 release.bundle_digest,
                 [fact for fact in facts if fact is not None],
+                chosen=chosen,
                 canaries=self._config.rollout.canaries,
             )
+            self._store_canaries(session, release, chosen, set(decision.canaries))
             self._store(session, release, decision, now)
             for device in decision.offers:
                 offers.setdefault(device, release)
@@ -97,16 +103,23 @@ class Distribution:
             return None
         row = session.get(DeviceRelease, (device.device, release.release_version))
         reported = row is not None and row.outcome != OFFERED
-        fresh = (
-            device.last_seen_at is not None and now - device.last_seen_at <= self._config.rollout.heartbeat_max_age_s
-        )
+        last_seen_at, max_age_s = device.last_seen_at or 0.0, self._config.rollout.heartbeat_max_age_s
         return DeviceFacts(
             device=device.device,
             bundle_digest=heartbeat.bundle_digest if heartbeat is not None else "",
-            healthy=fresh and heartbeat is not None and not heartbeat.alarms,
+            healthy=now - last_seen_at <= max_age_s and heartbeat is not None and not heartbeat.alarms,
+            silent=now - max(last_seen_at, self._since) > max_age_s,
             outcome=row.outcome if row is not None and reported else "",
             reason=row.reason if row is not None else "",
         )
+
+    def _store_canaries(self, session: Session, release: Release, before: Set[str], after: Set[str]) -> None:
+        if before == after:
+            return
+        version = release.release_version
+        session.execute(delete(Canary).where(Canary.release_version == version, Canary.device.in_(before - after)))
+        session.add_all(Canary(release_version=version, device=device) for device in sorted(after - before))
+        log.info("release %d: canaries are %s", version, ", ".join(sorted(after)) or "none")
 
     def _store(self, session: Session, release: Release, decision: rollout.Decision, now: float) -> None:
         if decision.stage == release.state:

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from cloud_hub import ca, registry, releases
 from cloud_hub.context import Context, bounded_body
-from cloud_hub.database import Certificate, Token, record_refusal
+from cloud_hub.database import Certificate, Token
 from fleet_link import pki
 from fleet_link.errors import TrustError
 from fleet_link.topics import is_device_id
@@ -61,7 +61,7 @@ def routes(context: Context) -> list[Route]:
             with context.database.reading() as session:
                 check_token(session, claim, now=now)
         except EnrolmentRefusedError as error:
-            return _refused(context, request, error, now)
+            return _refused(context, request, error)
         return JSONResponse(
             {
                 "device": claim.device,
@@ -75,9 +75,11 @@ def routes(context: Context) -> list[Route]:
         now = context.clock()
         try:
             claim = parse_basic(request.headers.get("authorization", ""))
+            with context.database.reading() as session:
+                check_token(session, claim, now=now)  # before anything of a stranger's is parsed
             certificate = enrol(context, claim, *parse_csr(body), now=now)
         except EnrolmentRefusedError as error:
-            return _refused(context, request, error, now)
+            return _refused(context, request, error)
         return _pkcs7(certificate)
 
     async def simpleenroll(request: Request) -> Response:
@@ -123,7 +125,7 @@ def check_token(session: Session, claim: Claim, *, now: float) -> Token:
     """The claimed device's token: unused and in time, or used (its holder may be asking again)."""
     token = session.get(Token, registry.secret_sha256(claim.secret))
     if token is None or token.device != claim.device:
-        raise EnrolmentRefusedError(401, f"unknown token for {claim.device}", advice=_new_token(claim.device))
+        raise EnrolmentRefusedError(401, "unknown token", advice=_new_token(claim.device))
     if not registry.is_active(session, claim.device):
         raise EnrolmentRefusedError(
             403, f"device {claim.device} is revoked", advice="add the box under a new name: fleet device add"
@@ -138,7 +140,7 @@ def parse_basic(header: str) -> Claim:
     scheme, _, encoded = header.partition(" ")
     try:
         device, colon, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not ASCII, not base64, not UTF-8
         colon = ""
     if scheme.lower() != "basic" or not colon:
         raise EnrolmentRefusedError(401, "no token was shown", advice="HTTP Basic: device and the token's secret")
@@ -177,7 +179,7 @@ def _revoke_former(session: Session, device: str, now: float) -> bool:
 
 def _row(certificate: x509.Certificate, public_key: ec.EllipticCurvePublicKey, device: str) -> Certificate:
     return Certificate(
-        serial=f"{certificate.serial_number:x}",
+        serial=pki.serial_hex(certificate),
         device=device,
         public_key_sha256=ca.public_key_sha256(public_key),
         not_after=certificate.not_valid_after_utc.timestamp(),
@@ -193,15 +195,13 @@ def _pkcs7(certificate: x509.Certificate) -> Response:
     )
 
 
-def _refused(context: Context, request: Request, error: EnrolmentRefusedError, now: float) -> Response:
+def _refused(context: Context, request: Request, error: EnrolmentRefusedError) -> Response:
     """Tell the box and the operator why."""
     try:
         device = parse_basic(request.headers.get("authorization", "")).device
     except EnrolmentRefusedError:
         device = ""
-    with context.database.writing() as session:
-        record_refusal(session, device=device, what="enrolment", reason=str(error), now=now)
-    log.warning("enrolment refused: %s", error)
+    context.strangers.refused(device=device, what="enrolment", reason=str(error))
     headers = {"WWW-Authenticate": 'Basic realm="wardround enrolment"'} if error.status == 401 else {}
     return PlainTextResponse(f"{error}; {error.advice}\n", status_code=error.status, headers=headers)
 

@@ -220,6 +220,18 @@ def round_show(
     _show(row, as_json, lambda: _round(row))
 
 
+@round_app.command("drop")
+def round_drop(
+    context: typer.Context,
+    round_id: Annotated[str, typer.Argument(help="As fleet round list shows it.")],
+    reason: Annotated[str, typer.Option(help="Shown to the operators and to the boxes, at most 400 characters.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """End a round that is on: nothing is released of it, its boxes are told, another may start."""
+    row = _hub(context).post(f"/rounds/{quote(round_id, safe='')}/drop", {"reason": reason})
+    _show(row, as_json, lambda: _round(row))
+
+
 # --- releases, refusals, status -------------------------------------------------------------------
 
 

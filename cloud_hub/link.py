@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import msgspec
 from sqlalchemy import select
 
+from cloud_hub import registry
 from cloud_hub.config import Config
-from cloud_hub.coordinator import Coordinator, active_round, plan_of
-from cloud_hub.database import Database, Device, Round, RoundDevice, record_refusal
+from cloud_hub.database import Counter, Database, Device, Round, RoundDevice, counter, record_refusal
 from cloud_hub.distribution import Distribution
+from cloud_hub.intake import Intake
+from cloud_hub.ledger import active_round, plan_of
 from cloud_hub.releases import Release, Repository
 from cloud_hub.rounds import COLLECTING, FINISHED, Member, State
 from cloud_hub.transfers import Transfers
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.2
 BUSY_S = 0.02
 MAX_TAKEN = 256  # messages before anything else gets its turn
+SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message of ours
 
 
 def open_bus(config: Config) -> Bus:
@@ -71,7 +74,7 @@ class Parts:
     bus: Bus
     identity: Identity
     trust: Trust
-    coordinator: Coordinator
+    intake: Intake
     distribution: Distribution
     repository: Repository
     clock: Callable[[], float]
@@ -82,10 +85,12 @@ class Link:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._sequence = envelope.Sequence.from_clock(parts.clock())
+        self._identity = parts.identity
+        with parts.database.reading() as session:
+            self._sequence = envelope.Sequence(parts.clock, counter(session, SENT_SEQUENCE), self._reserve)
         self._windows: dict[str, envelope.ReplayWindow] = {}
         self._owed: dict[str, float] = {}  # device -> when to tell it again what it is missing
-        self._transfers = Transfers(parts.config, parts.database, parts.coordinator, self._say, self._send_chunk)
+        self._transfers = Transfers(parts.config, parts.database, parts.intake, self._say, self._send_chunk)
         self._news = True  # facts that a rollout depends on have changed
         self._last_trouble = ""
 
@@ -115,6 +120,15 @@ class Link:
             self._transfers.drop_unwanted()
             self._owe_everybody(now)
 
+    def use_identity(self, identity: Identity) -> None:
+        """Go on with another certificate of the hub: signed and connected with it from now on. The same again is nothing."""
+        if identity.certificate_der == self._identity.certificate_der:
+            return
+        self._identity = identity
+        self._parts.bus.stop()
+        self._parts.bus.start()
+        log.info("the link goes on with the hub's new certificate")
+
     def close(self) -> None:
         self._transfers.close()
 
@@ -130,6 +144,8 @@ class Link:
                 self._transfers.on_chunk(device, received.payload)
             else:
                 self._take_message(device, received.payload, now)
+        except envelope.RepeatError as error:
+            log.info("device %s: message dropped: %s", device, error)
         except (TrustError, LinkError) as error:
             self._refused(device, error, now)
         except SiteError as error:
@@ -146,9 +162,12 @@ class Link:
             )
         # 2. Certificate, signature, sender, recipient, time.
         opened = envelope.open(payload, self._parts.trust, sender=device, recipient=HUB, now=now)
-        # 3. Not seen before; kept on disk before anything comes of it.
+        # 3. The certificate still counts. Before the window: an old one must not use up sequences.
+        with self._parts.database.reading() as session:
+            registry.check_certificate(session, device, opened.serial)
+        # 4. Not seen before; kept on disk before anything comes of it.
         window = self._windows.setdefault(device, envelope.ReplayWindow(row.last_sequence))
-        window.accept(opened.sequence)
+        window.accept(opened.sequence, opened.digest)
         with self._parts.database.writing() as session:
             session.get_one(Device, device).last_sequence = window.highest
         self._dispatch(device, opened.message, now)
@@ -158,7 +177,7 @@ class Link:
             case Heartbeat():
                 self._on_heartbeat(device, message, now)
             case RoundAnswer():
-                self._receipt(device, message.message_id, self._parts.coordinator.answered(device, message, now))
+                self._receipt(device, message.message_id, self._parts.intake.answered(device, message, now))
             case ReleaseReport():
                 self._receipt(device, message.message_id, self._parts.distribution.reported(device, message, now))
                 self._news = True
@@ -200,12 +219,14 @@ class Link:
         self._owed.update(dict.fromkeys(recent, now))
 
     def _reconcile_due(self, now: float) -> None:
-        for device in [device for device, due_at in self._owed.items() if due_at <= now]:
+        resend_s = self._parts.config.rollout.resend_s
+        # Due later than a resend away: the clock went back.
+        for device in [device for device, due_at in self._owed.items() if not 0.0 < due_at - now <= resend_s]:
             missing = self._missing(device, now)
             for message in missing:
                 self._say(device, message)
             if missing:
-                self._owed[device] = now + self._parts.config.rollout.resend_s
+                self._owed[device] = now + resend_s
             else:
                 del self._owed[device]
 
@@ -241,8 +262,12 @@ class Link:
     def _say(self, device: str, message: AnyMessage) -> None:
         """Lost while a box is away: whatever matters is said again."""
         parts = self._parts
-        sealed = envelope.seal(parts.identity, device, message, sequence=self._sequence.next(), now=parts.clock())
+        sealed = envelope.seal(self._identity, device, message, sequence=self._sequence.next(), now=parts.clock())
         parts.bus.publish_message(Topic(Direction.DOWN, device, Channel.MESSAGE), sealed)
+
+    def _reserve(self, highest: int) -> None:
+        with self._parts.database.writing() as session:
+            session.merge(Counter(name=SENT_SEQUENCE, value=highest))
 
     def _send_chunk(self, device: str, frame: bytes) -> bool:
         return self._parts.bus.publish_chunk(Topic(Direction.DOWN, device, Channel.CHUNK), frame)
@@ -268,10 +293,13 @@ class Link:
 
 
 def _lacks_plan(active: Round, part: RoundDevice, statuses: dict[str, RoundStatus]) -> bool:
-    """Not answered; or joined, but its box has lost the round (restored, replaced)."""
+    """Not answered; or joined, but its box has lost the round, or has delivered what a restored hub has lost."""
     if State(active.state) not in COLLECTING:
         return False
-    return part.state == Member.INVITED or (part.state == Member.JOINED and active.round_id not in statuses)
+    status = statuses.get(active.round_id)
+    return part.state == Member.INVITED or (
+        part.state == Member.JOINED and (status is None or status.state == "delivered")
+    )
 
 
 def _lacks_end(row: Round | None, status: RoundStatus) -> bool:

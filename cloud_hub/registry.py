@@ -16,12 +16,14 @@ from sqlalchemy.orm import Session
 from cloud_hub.ca import Authority
 from cloud_hub.config import Config
 from cloud_hub.database import Certificate, Database, Device, Site, Token
-from fleet_link.errors import SiteError
+from fleet_link.errors import SiteError, TrustError
 from fleet_link.files import write_durably
 from fleet_link.tokens import EnrolmentToken
-from fleet_link.topics import HUB, ROOT, Direction, is_device_id
+from fleet_link.topics import HUB, Channel, Direction, Topic, is_device_id
 
 log = logging.getLogger(__name__)
+
+CERTIFICATE_ALARM_DAYS = 30
 
 
 class NotFoundError(SiteError):
@@ -89,6 +91,36 @@ def revoke(session: Session, device: str, *, now: float) -> None:
     )
 
 
+# --- certificates ---------------------------------------------------------------------------------
+
+
+def check_certificate(session: Session, device: str, serial: str) -> None:
+    """Raises TrustError unless this is the device's certificate, neither revoked nor replaced by a later enrolment.
+
+    A good signature alone does not tell: a replaced certificate is valid until it ends.
+    """
+    row = session.get(Certificate, serial)
+    if row is None or row.device != device:
+        raise TrustError(
+            f"the registry has no certificate {serial} of {device}",
+            advice=f"was hub.db restored from an older backup? a new token for the box: fleet device token {device}",
+        )
+    if row.revoked_at is not None:
+        raise TrustError(
+            f"certificate {serial} of {device} was revoked or replaced",
+            advice="an old box or a copy of its key still speaks: switch it off, or revoke the device",
+        )
+
+
+def certificate_alarm(ends_at: float | None, *, now: float) -> str:
+    """What the operator must know of a certificate's end, "" while it is far."""
+    if ends_at is None or ends_at - now > CERTIFICATE_ALARM_DAYS * 86400.0:
+        return ""
+    if ends_at <= now:
+        return "the box's certificate has ended: enrol it again with a new token (fleet device token)"
+    return f"the box's certificate ends in {int((ends_at - now) // 86400)} days: enrol it again before (fleet device token)"
+
+
 # --- enrolment tokens -----------------------------------------------------------------------------
 
 
@@ -136,14 +168,16 @@ def acl_text(devices: Iterable[str]) -> str:
 
     Source: mosquitto.conf(5), "acl_file".
     """
-    lines = [f"user {HUB}", f"topic read {ROOT}/{Direction.UP}/#", f"topic write {ROOT}/{Direction.DOWN}/#"]
-    for device in devices:
-        lines += [
-            "",
-            f"user {device}",
-            f"topic write {ROOT}/{Direction.UP}/{device}/#",
-            f"topic read {ROOT}/{Direction.DOWN}/{device}/#",
-        ]
+    blocks = [_acl_block(HUB, "+", reads=Direction.UP, writes=Direction.DOWN)]
+    blocks += [_acl_block(device, device, reads=Direction.DOWN, writes=Direction.UP) for device in devices]
+    return "\n".join(blocks)
+
+
+def _acl_block(user: str, segment: str, *, reads: Direction, writes: Direction) -> str:
+    """The topics that fleet_link makes, and no others."""
+    lines = [f"user {user}"]
+    lines += [f"topic read {Topic(reads, segment, channel)}" for channel in Channel]
+    lines += [f"topic write {Topic(writes, segment, channel)}" for channel in Channel]
     return "\n".join(lines) + "\n"
 
 

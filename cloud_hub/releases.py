@@ -71,14 +71,18 @@ def root_bytes(config: Config) -> bytes:
 
 
 def add_row(session: Session, release: Release, *, now: float) -> None:
-    """The release's row, if it is not there yet. The files are the truth; the row follows them."""
+    """The release's row, if it is not there yet. The files are the truth; the row follows them.
+
+    A database restored from a backup may not know the round: the release is then listed without it.
+    """
     if session.get(database.Release, release.release_version) is not None:
         return
+    known = session.get(database.Round, release.round_id) is not None
     session.add(
         database.Release(
             release_version=release.release_version,
             bundle_digest=release.bundle_digest,
-            round_id=release.round_id or None,
+            round_id=release.round_id if known else None,
             path=f"releases/{release.bundle_digest}{SUFFIX}",
             size=release.size,
             created_at=now,
@@ -138,6 +142,19 @@ class Repository:
             del targets.signed.targets[f"{old.bundle_digest}{SUFFIX}"]
         self._sign_from(Targets.type, (timestamp, snapshot, targets), now)
         return Release(version, bundle.digest, target.length, round_id)
+
+    def renew(self, now: float) -> None:
+        """Sign the whole chain anew, once at start: a folder restored from a backup is behind what boxes have seen.
+
+        What the new timestamp does not lead to is a leftover and goes.
+        """
+        chain = self._current()
+        self._sign_from(Targets.type, chain, now)
+        current = {f"{metadata.signed.version}.{metadata.signed.type}.json" for metadata in chain[1:]}
+        for role in (Snapshot.type, Targets.type):
+            for path in self._folder.glob(f"*.{role}.json"):
+                if path.name not in current:
+                    path.unlink(missing_ok=True)
 
     def refresh(self, now: float) -> bool:
         """Sign again what is past half of its life, so that a box never meets stale metadata. True if anything was."""
@@ -202,7 +219,7 @@ class Repository:
 
     def _renew(self, metadata: "Metadata[Timestamp] | Metadata[Snapshot] | Metadata[Targets]", now: float) -> None:
         signed: Signed = metadata.signed
-        signed.version += 1
+        signed.version = max(signed.version + 1, int(now))  # above what boxes have seen, after a restored backup too
         signed.expires = _expiry(signed.type, now)
         metadata.sign(self._signer(signed.type))
         name = "timestamp.json" if signed.type == Timestamp.type else f"{signed.version}.{signed.type}.json"

@@ -1,11 +1,11 @@
 """Which device is offered which release now: canaries first, everybody once it runs there in good health.
 
-Reads and writes nothing; `coordinator` gathers the facts and stores the decision.
+Reads and writes nothing; `distribution` gathers the facts and stores the decision.
 Never offers a release again to a device that has reported on it, nor anything to a revoked device.
 Source: ARCHITECTURE.md, "Releases".
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,9 +13,9 @@ from enum import StrEnum
 class Stage(StrEnum):
     """State of one release."""
 
-    CANARY = "canary"  # offered to the canaries only
-    EVERYONE = "everyone"  # every canary runs it in good health
-    HALTED = "halted"  # a canary refused it or rolled back; nobody new is offered it
+    CANARY = "canary"  # on trial: offered to the canaries only
+    EVERYONE = "everyone"  # every canary took it and runs it in good health; or every device runs it anyway
+    HALTED = "halted"  # a device refused it or rolled back while it was on trial; nobody new is offered it
 
 
 @dataclass(frozen=True)
@@ -25,38 +25,62 @@ class DeviceFacts:
     device: str
     bundle_digest: str  # of its last heartbeat; "" before the first
     healthy: bool  # its last heartbeat is recent and carries no alarm
-    outcome: str  # of its report on this release; "" before it reported
+    silent: bool  # no recent heartbeat, though the hub was there to hear one
+    outcome: str  # of its report on this release, which it was offered; "" before it reported
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Decision:
     stage: Stage
+    canaries: tuple[str, ...]  # devices; to be kept and given again as `chosen`
     offers: tuple[str, ...]  # devices
     reason: str = ""
 
 
-def next_offers(stage: Stage, bundle_digest: str, devices: Sequence[DeviceFacts], *, canaries: int) -> Decision:
-    """Decide on one release. `devices` are those enrolled and not revoked, in any order."""
-    first = _canaries(devices, canaries)
-    if stage is Stage.HALTED or not first:
-        return Decision(stage, ())
-    refusing = next((d for d in first if d.outcome in ("refused", "rolled-back")), None)
-    if stage is Stage.CANARY and refusing is not None:
-        reason = f"canary {refusing.device} {refusing.outcome}: {refusing.reason}"
-        return Decision(Stage.HALTED, (), reason[:500])
-    if stage is Stage.CANARY and all(d.bundle_digest == bundle_digest and d.healthy for d in first):
-        stage = Stage.EVERYONE
-    asked = first if stage is Stage.CANARY else devices
-    return Decision(stage, tuple(sorted(d.device for d in asked if _lacks(d, bundle_digest))))
-
-
-def _canaries(devices: Sequence[DeviceFacts], count: int) -> list[DeviceFacts]:
-    """By name: those that have reported on the release, then those that have ever been heard."""
+def next_offers(
+    stage: Stage, bundle_digest: str, devices: Sequence[DeviceFacts], *, chosen: Collection[str], canaries: int
+) -> Decision:
+    """Decide on one release. `devices` are those enrolled and not revoked, `chosen` its canaries so far, in any order."""
     by_name = sorted(devices, key=lambda d: d.device)
-    reported = [d for d in by_name if d.outcome]
-    heard = [d for d in by_name if d.bundle_digest and not d.outcome]
-    return (reported + heard)[:count]
+    if stage is Stage.CANARY:
+        return _try(bundle_digest, by_name, chosen, canaries)
+    asked = by_name if stage is Stage.EVERYONE else []
+    return Decision(stage, tuple(sorted(chosen)), _offers(asked, bundle_digest))
+
+
+def _try(bundle_digest: str, devices: Sequence[DeviceFacts], chosen: Collection[str], canaries: int) -> Decision:
+    first = _canaries(bundle_digest, devices, chosen, canaries)
+    names = tuple(sorted(d.device for d in first))
+    refusing = next((d for d in devices if d.outcome in ("refused", "rolled-back")), None)
+    if refusing is not None:
+        reason = f"canary {refusing.device} {refusing.outcome}: {refusing.reason}"
+        return Decision(Stage.HALTED, names, (), reason[:500])
+    heard = [d for d in devices if d.bundle_digest]
+    everywhere = bool(heard) and all(d.bundle_digest == bundle_digest for d in heard)
+    if everywhere or (first and all(_has_passed(d, bundle_digest) for d in first)):
+        return Decision(Stage.EVERYONE, names, _offers(devices, bundle_digest))
+    return Decision(Stage.CANARY, names, _offers(first, bundle_digest))
+
+
+def _canaries(
+    bundle_digest: str, devices: Sequence[DeviceFacts], chosen: Collection[str], count: int
+) -> list[DeviceFacts]:
+    """Those chosen before, but for one that went silent with nothing said; then healthy ones that can still try it."""
+    before = [d for d in devices if d.device in chosen]
+    kept = [d for d in before if not d.silent or d.outcome or d.bundle_digest == bundle_digest]
+    fit = [d for d in devices if d.device not in chosen and d.healthy and (d.outcome or _lacks(d, bundle_digest))]
+    fit.sort(key=lambda d: not d.outcome)
+    return (kept + fit)[:count] or before
+
+
+def _has_passed(device: DeviceFacts, bundle_digest: str) -> bool:
+    """A heartbeat alone is not enough: any device can say that it runs something it was never offered."""
+    return device.outcome == "activated" and device.bundle_digest == bundle_digest and device.healthy
+
+
+def _offers(devices: Sequence[DeviceFacts], bundle_digest: str) -> tuple[str, ...]:
+    return tuple(sorted(d.device for d in devices if _lacks(d, bundle_digest)))
 
 
 def _lacks(device: DeviceFacts, bundle_digest: str) -> bool:

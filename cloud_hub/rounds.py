@@ -1,6 +1,6 @@
 """A round as a table of states: what has happened, what follows, what must be done next.
 
-Reads and writes nothing; `coordinator` loads a Round from the database and stores what `advance` gives.
+Reads and writes nothing; `ledger` loads a Round from the database and stores what `advance` gives.
 Never does I/O, reads a clock or forgets an event: late and repeated events leave the round as it is.
 Source: ARCHITECTURE.md, "Rounds".
 """
@@ -16,7 +16,7 @@ class State(StrEnum):
 
     INVITED = "invited"  # plan stored, no device has joined
     TRAINING = "training"  # at least one device has joined, no update is counted
-    UPLOADING = "uploading"  # at least one update is counted, more may come
+    UPLOADING = "uploading"  # at least one update was counted, more may come
     SUMMED = "summed"  # enough updates counted, no further one is taken
     EVALUATED = "evaluated"  # candidate bundle on disk; parity and known answer passed
     RELEASED = "released"  # candidate signed and published
@@ -47,6 +47,7 @@ class Round:
     deadline_unix_s: float
     min_devices: int
     members: Mapping[str, Member]
+    revoked: frozenset[str] = frozenset()  # devices; until the sum is closed they count for nothing
     candidate_digest: str = ""
     reason: str = ""
 
@@ -79,7 +80,7 @@ class CandidateReady:
 
 @dataclass(frozen=True)
 class Failed:
-    """Something that no further waiting repairs: export, parity, a counted file that cannot be read again."""
+    """What no further waiting repairs: export, parity, a counted file that is lost; or the operator's word."""
 
     reason: str
 
@@ -147,7 +148,7 @@ def delivered(members: Mapping[str, Member]) -> tuple[str, ...]:
 
 
 def _collect(before: Round, event: Event, now: float) -> Round:
-    members = _with_event(before.members, event)
+    members = _without(before.revoked, _with_event(before.members, event))
     after = replace(before, members=members, state=_collecting_state(before.state, members))
     count, open_ = len(delivered(members)), len(awaited(members))
     if open_ and now < before.deadline_unix_s and count + open_ >= before.min_devices:
@@ -167,6 +168,12 @@ def _with_event(members: Mapping[str, Member], event: Event) -> Mapping[str, Mem
     if isinstance(event, Answered) and not event.joins and member in (Member.INVITED, Member.JOINED):
         new = Member.DECLINED
     return {**members, event.device: new}
+
+
+def _without(revoked: frozenset[str], members: Mapping[str, Member]) -> Mapping[str, Member]:
+    """What a revoked device gave, or may still give, is taken out."""
+    out = revoked & {*awaited(members), *delivered(members)}
+    return {device: Member.REFUSED if device in out else member for device, member in members.items()}
 
 
 def _collecting_state(before: State, members: Mapping[str, Member]) -> State:

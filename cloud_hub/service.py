@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,12 @@ from cloud_hub.collection import Vault
 from cloud_hub.config import Config
 from cloud_hub.context import Context
 from cloud_hub.coordinator import Coordinator
-from cloud_hub.database import Database, record_refusal
+from cloud_hub.database import Database
 from cloud_hub.distribution import Distribution
+from cloud_hub.intake import Intake
 from cloud_hub.link import Link, Parts, open_bus
 from cloud_hub.releases import Repository
+from cloud_hub.strangers import TELL_S, Strangers
 from fleet_link import files, notify, sealing
 from fleet_link.errors import SiteError, WardroundError
 from fleet_link.pki import Trust, load_identity
@@ -37,7 +40,10 @@ log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
 REFRESH_S = 3600.0
-DEFECT_PAUSE_S = 1.0
+RENEW_S = 86_400.0
+PAUSE_S = 1.0  # after a link that failed at once: the loop does not spin
+RETRY_S = 60.0
+TOLD_AGAIN_S = 3600.0
 HTTPS_STOP_S = 10.0
 WATCHDOG_S = 10.0
 
@@ -57,13 +63,15 @@ def run(config: Config) -> None:
         repository = Repository(config.paths)
         trust = Trust(config.paths.ca_certificate.read_bytes())
         # 2. Half-done work, before any port opens.
-        repository.refresh(time.time())
+        repository.renew(time.time())
         vault = Vault(sealing.load_sealing_key(config.paths.sealing_key), trust, config.rounds.examples_cap)
-        coordinator = Coordinator(config, hub, repository, vault)
+        intake = Intake(config, hub, repository, vault)
+        coordinator = Coordinator(config, hub, repository, intake)
         coordinator.start(time.time())
         stack.callback(coordinator.stop)
         # 3. Ports: broker, our own connection to it, HTTPS.
-        broker = _broker(config, hub, authority)
+        strangers = Strangers(hub, clock=time.time, seconds=time.monotonic)
+        broker = _broker(config, hub, authority, strangers)
         broker.start()
         stack.callback(broker.stop)
         bus = open_bus(config)
@@ -71,61 +79,84 @@ def run(config: Config) -> None:
         stack.callback(bus.stop)
         identity = load_identity(config.paths.hub_key, config.paths.hub_certificate)
         distribution = Distribution(config, hub)
-        link = Link(Parts(config, hub, bus, identity, trust, coordinator, distribution, repository, time.time))
+        link = Link(Parts(config, hub, bus, identity, trust, intake, distribution, repository, time.time))
         stack.callback(link.close)
-        stack.enter_context(_https(config, hub, authority, broker))
+        tls = stack.enter_context(_https(config, hub, authority, broker, strangers))
         # 4. The loop.
         stack.callback(notify.stopping)
         notify.ready(f"{config.url}, broker on port {config.broker.port}")
         log.info("hub runs: %s", config.url)
-        _loop(config, stop, link, coordinator, repository, broker)
+        due = [
+            _Every(config.rounds.loop_s, lambda: link.tick(coordinator.tick(time.time()))),
+            _Every(WATCH_S, broker.watch),
+            _Every(REFRESH_S, lambda: repository.refresh(time.time())),
+            _Every(RENEW_S, lambda: _renew(config, authority, tls, link, broker)),
+            _Every(TELL_S, strangers.tell),
+            _Every(notify.watchdog_interval_s(WATCHDOG_S), notify.watchdog),  # the loop turns; not: all is well
+        ]
+        _loop(stop, _Every(0.0, link.step), due)
     log.info("hub stopped")
 
 
-def _loop(
-    config: Config, stop: threading.Event, link: Link, coordinator: Coordinator, repository: Repository, broker: Broker
-) -> None:
+def _loop(stop: threading.Event, messages: "_Every", due: "list[_Every]") -> None:
     """Broker and coordinator belong to this thread: the kernel ends their children with it."""
-    due = [
-        _Every(config.rounds.loop_s, lambda: link.tick(coordinator.tick(time.time()))),
-        _Every(WATCH_S, broker.watch),
-        _Every(REFRESH_S, lambda: repository.refresh(time.time())),
-        _Every(notify.watchdog_interval_s(WATCHDOG_S), notify.watchdog),
-    ]
-    trouble = ""
     while not stop.is_set():
-        try:
-            link.step()
-            for task in due:
-                task.run_if_due(time.monotonic())
-        except WardroundError as error:
-            if str(error) != trouble:
-                log.error("%s (%s)", error, error.advice)
-            trouble = str(error)
-            stop.wait(DEFECT_PAUSE_S)
-        except Exception:  # a main loop: one message that meets our defect must not stop the fleet
-            log.exception("a defect in the hub's loop; going on")
-            stop.wait(DEFECT_PAUSE_S)
+        if not messages.run_if_due(time.monotonic()):  # it waits a moment for them: there the loop rests
+            stop.wait(PAUSE_S)
+        for task in due:
+            task.run_if_due(time.monotonic())
 
 
 class _Every:
-    """One thing that is done again and again; late is not made up for."""
+    """One thing that is done again and again; late is not made up for. What goes wrong in it holds no other up."""
 
     def __init__(self, interval_s: float, task: Callable[[], object]) -> None:
         self._interval_s = interval_s
         self._task = task
         self._due_at = 0.0
+        self._trouble = ""
+        self._told_at = 0.0
 
-    def run_if_due(self, now: float) -> None:
-        if now >= self._due_at:
-            self._due_at = now + self._interval_s
+    def run_if_due(self, now: float) -> bool:
+        """False when it was due and failed."""
+        if now < self._due_at:
+            return True
+        self._due_at = now + self._interval_s
+        try:
             self._task()
+        except WardroundError as error:
+            if self._is_news(error, now):
+                log.error("%s (%s)", error, error.advice)
+        except Exception as error:  # a main loop: one message that meets our defect must not stop the fleet
+            if self._is_news(error, now):
+                log.exception("a defect in the hub's loop; going on")
+        else:
+            return True
+        self._due_at = now + min(self._interval_s, RETRY_S)
+        return False
+
+    def _is_news(self, error: Exception, now: float) -> bool:
+        """The same trouble is told once an hour."""
+        trouble = f"{type(error).__name__} {error}".splitlines()[0]  # SQLAlchemy's further lines differ each time
+        if trouble == self._trouble and now - self._told_at < TOLD_AGAIN_S:
+            return False
+        self._trouble, self._told_at = trouble, now
+        return True
 
 
-def _broker(config: Config, hub: Database, authority: Authority) -> Broker:
+def _renew(config: Config, authority: Authority, tls: ssl.SSLContext, link: Link, broker: Broker) -> None:
+    """The hub's own certificates, while it runs: new connections see the new ones, the old ones are valid for long."""
+    if not setup.renew_own_certificates(config, authority, now=time.time()):
+        return
+    log.info("the hub's own certificates: renewed")
+    tls.load_cert_chain(config.paths.server_certificate, config.paths.server_key)
+    link.use_identity(load_identity(config.paths.hub_key, config.paths.hub_certificate))
+    broker.reload()
+
+
+def _broker(config: Config, hub: Database, authority: Authority, strangers: Strangers) -> Broker:
     def on_refused(reason: str) -> None:
-        with hub.writing() as session:
-            record_refusal(session, device="", what="connection", reason=reason, now=time.time())
+        strangers.refused(device="", what="connection", reason=reason)
 
     def write_access() -> None:
         registry.write_access(hub, authority, config, now=time.time())
@@ -134,34 +165,38 @@ def _broker(config: Config, hub: Database, authority: Authority) -> Broker:
 
 
 @contextmanager
-def _https(config: Config, hub: Database, authority: Authority, broker: Broker) -> Iterator[None]:
-    """API, enrolment and hub page, in a thread of their own."""
+def _https(
+    config: Config, hub: Database, authority: Authority, broker: Broker, strangers: Strangers
+) -> Iterator[ssl.SSLContext]:
+    """API, enrolment and hub page, in a thread of their own. Gives what holds the server's certificate."""
     context = Context(
         config=config,
         database=hub,
         authority=authority,
+        strangers=strangers,
         admin_token=config.paths.admin_token.read_text("ascii").strip(),
         reload_broker=broker.reload,
         broker_running=lambda: broker.running,
         clock=time.time,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(context),
-            ssl_keyfile=config.paths.server_key,
-            ssl_certfile=config.paths.server_certificate,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_graceful_shutdown=int(HTTPS_STOP_S // 2),
-        )
+    settings = uvicorn.Config(
+        create_app(context),
+        ssl_keyfile=config.paths.server_key,
+        ssl_certfile=config.paths.server_certificate,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=int(HTTPS_STOP_S // 2),
     )
+    settings.load()
+    assert settings.ssl is not None  # a key and a certificate were given
+    server = uvicorn.Server(settings)
     with _listening(config) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="https", daemon=True)
         thread.start()
         try:
-            yield
+            yield settings.ssl
         finally:
             server.should_exit = True
             thread.join(HTTPS_STOP_S)

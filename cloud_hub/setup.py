@@ -87,18 +87,25 @@ def make_identity(settings: Config, *, now: float) -> Authority:
     return authority
 
 
-def renew_own_certificates(settings: Config, authority: Authority, *, now: float) -> None:
-    """Server and hub certificate, where missing, in the last third of their life, or for other names than configured."""
+def renew_own_certificates(settings: Config, authority: Authority, *, now: float) -> bool:
+    """Server and hub certificate, where missing, in the last third of their life, or for other names than configured.
+
+    True when there are new ones, on disk: who holds the former ones loads them.
+    """
+    renewed = False
     paths, days = settings.paths, settings.certificates.server_days
     names = list(dict.fromkeys([settings.https.host, settings.broker.host, "localhost", "127.0.0.1", "::1"]))
     server_key = _key(paths.server_key)
     if not _serves(paths.server_certificate, server_key, names, now):
         issued = authority.issue_server(server_key.public_key(), names, days=days, now=now)
         write_durably(paths.server_certificate, issued.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        renewed = True
     hub_key = _key(paths.hub_key)
     if not _serves(paths.hub_certificate, hub_key, [], now):
         issued = authority.issue_hub(hub_key.public_key(), days=days, now=now)
         write_durably(paths.hub_certificate, issued.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        renewed = True
+    return renewed
 
 
 def _serves(path: Path, key: ec.EllipticCurvePrivateKey, names: list[str], now: float) -> bool:
@@ -110,7 +117,9 @@ def _serves(path: Path, key: ec.EllipticCurvePrivateKey, names: list[str], now: 
     in_last_third = datetime.fromtimestamp(now, UTC) > start + (end - start) * 2 / 3
     alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     present = {str(name.value) for name in alternative}
-    return certificate.public_key() == key.public_key() and not in_last_third and present.issuperset(names)
+    has_begun = start <= datetime.fromtimestamp(now, UTC)  # else it was issued before the clock went back
+    is_fresh = has_begun and not in_last_third
+    return certificate.public_key() == key.public_key() and is_fresh and present.issuperset(names)
 
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -1,7 +1,7 @@
 """Large things between hub and boxes: sealed updates in, bundles out, chunk by chunk.
 
 Reads bundles; writes rounds/<round>/incoming and the table transfers; what to send goes through two callables.
-Never decides what may be received (coordinator.py) nor what may be fetched (distribution.py), never opens what it carries.
+Never decides what may be received (intake.py) nor what may be fetched (distribution.py), never opens what it carries.
 Source: ARCHITECTURE.md, "The link": chunks with a digest, resumed from what the other side already has.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cloud_hub.config import Config
-from cloud_hub.coordinator import Coordinator
 from cloud_hub.database import Database, Transfer
+from cloud_hub.intake import Intake
 from fleet_link import chunks
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.messages import AnyMessage, TransferOffer, TransferProgress, TransferReceipt
@@ -34,14 +34,14 @@ class Transfers:
         self,
         config: Config,
         database: Database,
-        coordinator: Coordinator,
+        intake: Intake,
         say: Callable[[str, AnyMessage], None],
         send_chunk: Callable[[str, bytes], bool],
     ) -> None:
         """`send_chunk` gives False while the way out is full."""
         self._config = config
         self._database = database
-        self._coordinator = coordinator
+        self._intake = intake
         self._say = say
         self._send_chunk = send_chunk
         self._incoming: dict[Key, chunks.Incoming] = {}
@@ -67,9 +67,11 @@ class Transfers:
         """Take, resume or refuse; a refusal says why. Raises SiteError while there is no room."""
         if offer.kind != "update":
             raise LinkError(f"{device} offers a {offer.kind}, which only the hub sends")
-        if (device, offer.transfer_id) in self._incoming:
+        incoming = self._incoming.get((device, offer.transfer_id))
+        if incoming is not None:
+            incoming.on_offer()
             return
-        action, reason = self._coordinator.judge_update(device, offer)
+        action, reason = self._intake.judge_update(device, offer)
         if action == "refuse":
             self._refuse(device, offer, reason, now)
         elif action == "done":
@@ -84,7 +86,7 @@ class Transfers:
             incoming.on_chunk(frame)
 
     def receive_due(self, now: float) -> None:
-        """Progress to the boxes; whole files to the coordinator, then the receipt."""
+        """Progress to the boxes; whole files to the intake, then the receipt."""
         for (device, transfer_id), incoming in list(self._incoming.items()):
             if incoming.complete:
                 del self._incoming[device, transfer_id]
@@ -98,7 +100,7 @@ class Transfers:
     def drop_unwanted(self) -> None:
         """After a round's end: what is still coming in for it goes; its box is told that the round is closed."""
         for (device, transfer_id), incoming in list(self._incoming.items()):
-            if self._coordinator.judge_update(device, incoming.offer)[0] != "take":
+            if self._intake.judge_update(device, incoming.offer)[0] != "take":
                 self._incoming.pop((device, transfer_id)).drop()
 
     def _open(self, device: str, offer: TransferOffer, now: float) -> None:
@@ -109,7 +111,7 @@ class Transfers:
         if offer.size > shutil.disk_usage(self._config.paths.data_dir).free // 2:
             raise SiteError("no space for updates", advice="free some disk at the hub; the boxes offer them again")
         folder.mkdir(parents=True, exist_ok=True)
-        incoming = chunks.Incoming.open(folder, offer, max_bytes=self._config.rounds.update_bytes_max)
+        incoming = chunks.Incoming.open(folder, offer, max_bytes=self._intake.update_bytes_max(offer.subject))
         self._incoming[device, offer.transfer_id] = incoming
         self._note(device, offer, "in", 0, now)
         log.info("round %s: receiving %d bytes from %s", offer.subject, offer.size, device)
@@ -121,17 +123,17 @@ class Transfers:
         except TrustError as error:
             # TLS carried it and its index fits: the file never had the digest that its sender gave.
             incoming.drop()
-            self._coordinator.refuse_update(device, offer.subject, str(error), now)
+            self._intake.refuse_update(device, offer.subject, str(error), now)
             self._answer(device, offer, str(error))
             self._note(device, offer, "in", offer.size, now, state="refused", reason=str(error))
             return
-        reason = self._coordinator.take_update(device, offer, whole, now)
+        reason = self._intake.take_update(device, offer, whole, now)
         incoming.drop()
         self._note(device, offer, "in", offer.size, now, state="refused" if reason else "done", reason=reason)
         self._answer(device, offer, reason)
 
     def _refuse(self, device: str, offer: TransferOffer, reason: str, now: float) -> None:
-        self._coordinator.refuse_update(device, offer.subject, reason, now)
+        self._intake.refuse_update(device, offer.subject, reason, now)
         self._answer(device, offer, reason)
 
     def _answer(self, device: str, offer: TransferOffer, reason: str) -> None:

@@ -38,6 +38,7 @@ class Update:
     delta: Mapping[str, NDArray[np.float32]]  # norm at most the plan's clip_norm
     examples: int  # as the box says
     weight: int  # its examples, capped
+    serial: str  # of the certificate it was signed with
 
 
 def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Update:
@@ -61,4 +62,4 @@ def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Upda
     change, norm = delta.clip(change, plan.clip_norm)
     if norm > NORM_TOLERANCE * plan.clip_norm:
         raise TrustError(f"norm {norm:.3g}, the plan's limit is {plan.clip_norm:.3g}", advice="inspect the device")
-    return Update(change, opened.examples, min(opened.examples, opener.examples_cap))
+    return Update(change, opened.examples, min(opened.examples, opener.examples_cap), opened.serial)

@@ -13,10 +13,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from cloud_hub import ledger
 from cloud_hub.database import Certificate, Device, DeviceRelease, Refusal, Release, Round, RoundDevice, Site, Transfer
-from cloud_hub.registry import NotFoundError, find_device
-from fleet_link import messages
-from fleet_link.messages import RoundPlan
+from cloud_hub.registry import NotFoundError, certificate_alarm, find_device
 
 View = dict[str, Any]
 
@@ -62,6 +61,7 @@ def device(session: Session, name: str, *, now: float, max_age_s: float) -> View
 
 def _device(row: Device, certificate_ends_at: float | None, *, now: float, max_age_s: float) -> View:
     heartbeat: View = json.loads(row.heartbeat) if row.heartbeat else {}
+    ends = certificate_alarm(certificate_ends_at, now=now) if row.revoked_at is None else ""
     return {
         "device": row.device,
         "site": row.site,
@@ -72,7 +72,7 @@ def _device(row: Device, certificate_ends_at: float | None, *, now: float, max_a
         "certificate_ends_at": certificate_ends_at,
         "release_version": heartbeat.get("release_version"),
         "bundle_digest": heartbeat.get("bundle_digest"),
-        "alarms": heartbeat.get("alarms", []),
+        "alarms": [*heartbeat.get("alarms", []), *heartbeat.get("notices", []), *([ends] if ends else [])],
         "heartbeat": heartbeat or None,
     }
 
@@ -105,9 +105,7 @@ def rounds(session: Session) -> list[View]:
 
 def round_(session: Session, round_id: str) -> View:
     """As in `rounds`, with the state, reason and bytes of each device. Raises NotFoundError."""
-    row = session.get(Round, round_id)
-    if row is None:
-        raise NotFoundError(f"there is no round {round_id[:63]}", advice="fleet round list shows all")
+    row = ledger.find(session, round_id)
     pairs = session.execute(
         select(RoundDevice, Device)
         .join(Device, Device.device == RoundDevice.device)
@@ -124,8 +122,7 @@ def round_(session: Session, round_id: str) -> View:
 
 
 def _round(row: Round, states: Counter[str], release_version: int | None) -> View:
-    plan = messages.decode(row.plan)
-    assert isinstance(plan, RoundPlan)  # we wrote it
+    plan = ledger.plan_of(row)
     return {
         "round_id": row.round_id,
         "state": row.state,

@@ -5,12 +5,13 @@ Never decides whether a new release is good enough (releases.py) and never talks
 Source: ARCHITECTURE.md, "Releases".
 """
 
+import errno
 import logging
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_agent import ledger
+from edge_agent import database, ledger
 from edge_agent.config import Config
 from edge_agent.database import transaction
 from edge_agent.infer import Reader
@@ -22,12 +23,15 @@ from models.errors import BundleError
 
 log = logging.getLogger(__name__)
 
+IN_USE = "the bundle in use"  # name of its alarm
+FROM_HUB_BEFORE = "a release of the hub before"
+
 
 @dataclass(frozen=True)
 class Active:
     reader: Reader
     digest: str
-    release_version: int  # 0: came with the software
+    release_version: int  # of this box's hub; 0: came with the software, or from a hub before
 
 
 class ActiveBundle:
@@ -50,9 +54,18 @@ def path_of(digest: str) -> str:
 
 
 def open_reader(config: Config, path: Path) -> Reader:
-    """Raises BundleError or SiteError when the file or its known answer is wrong."""
+    """Raises BundleError when the file or its known answer is wrong; SiteError when this machine cannot open it now."""
     settings = config.inference
-    return Reader.open(path, settings.providers, settings.threads, config.box.data_dir / "engines")
+    try:
+        engines = config.box.data_dir / "engines"
+        return Reader.open(path, settings.providers, settings.threads, engines, settings.precision)
+    except BundleError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno in (None, errno.ENOENT):
+            raise
+        raise SiteError(str(error), advice="check the disk and its rights") from error
+    except (OSError, MemoryError) as error:
+        raise SiteError(f"{path.name} cannot be opened: {error}", advice="free some disk and memory") from error
 
 
 def base_file(db: sqlite3.Connection, data_dir: Path, digest: str) -> Path | None:
@@ -75,23 +88,33 @@ def is_coming(db: sqlite3.Connection, digest: str) -> bool:
 def load_active(db: sqlite3.Connection, config: Config, now: float) -> ActiveBundle:
     """At start: open the bundle in use; if it is damaged, the one before it; at last the shipped one.
 
+    One that only cannot be opened now stays the one in use, and is tried again at the next start.
     Raises SiteError when not even the shipped bundle runs.
     """
     failed: list[tuple[sqlite3.Row, str]] = []
+    waiting = False
     for row in _in_order(db):
         try:
             reader = open_reader(config, config.box.data_dir / row["path"])
             if reader.bundle.digest != row["bundle_digest"]:
                 raise BundleError("the file has another digest than when it was activated")
-        except (BundleError, SiteError) as error:
+        except BundleError as error:
             log.error("bundle %s cannot be used: %s", row["bundle_digest"][:12], error)
             failed.append((row, str(error)))
             continue
+        except SiteError as error:
+            ledger.hold_up(db, IN_USE, error, now)
+            waiting = True
+            continue
         if _is_outdated(row, config):
             break
-        _roll_back(db, failed, row, now)
+        if not waiting:
+            _roll_back(db, failed, row, now)
         return ActiveBundle(Active(reader, row["bundle_digest"], row["release_version"]))
-    return _load_shipped(db, config, failed, now)
+    shipped = _open_shipped(config)
+    if not waiting:
+        _use_shipped(db, shipped, failed, now)
+    return ActiveBundle(shipped)
 
 
 def activate(db: sqlite3.Connection, digest: str, release_version: int, now: float) -> None:
@@ -100,11 +123,23 @@ def activate(db: sqlite3.Connection, digest: str, release_version: int, now: flo
         "UPDATE bundles SET state = 'previous', changed_at = ? WHERE state = 'active' AND bundle_digest <> ?",
         (now, digest),
     )
+    database.end_alarm(db, IN_USE)
+    database.end_alarm(db, release_name(release_version))
     db.execute(
         "INSERT INTO bundles VALUES (?, ?, ?, 'active', '', ?) ON CONFLICT(bundle_digest) DO UPDATE"
-        " SET state = 'active', reason = '', release_version = excluded.release_version, changed_at = excluded.changed_at",
+        " SET reason = CASE state WHEN 'refused' THEN '' ELSE reason END, state = 'active',"
+        " release_version = excluded.release_version, changed_at = excluded.changed_at",
         (digest, release_version, path_of(digest), now),
     )
+
+
+def forget_releases(db: sqlite3.Connection, data_dir: Path) -> None:
+    """The hub is another: what is here goes on reading, its numbers mean nothing any more. Call inside a transaction."""
+    for row in db.execute("SELECT * FROM bundles WHERE state NOT IN ('active', 'previous')").fetchall():
+        database.end_alarm(db, release_name(row["release_version"]))
+        (data_dir / row["path"]).unlink(missing_ok=True)
+    db.execute("DELETE FROM bundles WHERE state NOT IN ('active', 'previous')")
+    db.execute("UPDATE bundles SET release_version = 0, reason = ? WHERE release_version > 0", (FROM_HUB_BEFORE,))
 
 
 def refuse(db: sqlite3.Connection, digest: str, reason: str, now: float) -> None:
@@ -113,6 +148,11 @@ def refuse(db: sqlite3.Connection, digest: str, reason: str, now: float) -> None
         "UPDATE bundles SET state = 'refused', reason = ?, changed_at = ? WHERE bundle_digest = ?",
         (reason[: ledger.MAX_REASON_CHARACTERS], now, digest),
     )
+
+
+def release_name(release_version: int) -> str:
+    """Of its alarm."""
+    return f"release {release_version}"
 
 
 def clear_out(db: sqlite3.Connection, data_dir: Path) -> None:
@@ -144,12 +184,11 @@ def _shipped(config: Config) -> Path:
 
 def _is_outdated(row: sqlite3.Row, config: Config) -> bool:
     """A box that never had a release follows the bundle of its software or its configuration."""
-    return bool(row["release_version"] == 0 and row["bundle_digest"] != _digest(_shipped(config)))
+    never_had = row["release_version"] == 0 and row["reason"] != FROM_HUB_BEFORE
+    return bool(never_had and row["bundle_digest"] != _digest(_shipped(config)))
 
 
-def _load_shipped(
-    db: sqlite3.Connection, config: Config, failed: list[tuple[sqlite3.Row, str]], now: float
-) -> ActiveBundle:
+def _open_shipped(config: Config) -> Active:
     source = _shipped(config)
     digest = _digest(source)
     path = config.box.data_dir / path_of(digest)
@@ -158,15 +197,19 @@ def _load_shipped(
         reader = open_reader(config, path)
     except BundleError as error:
         raise SiteError(f"the bundle {source.name} cannot be used: {error}", advice=error.advice) from error
+    return Active(reader, digest, 0)
+
+
+def _use_shipped(db: sqlite3.Connection, shipped: Active, failed: list[tuple[sqlite3.Row, str]], now: float) -> None:
     with transaction(db):
         for row, reason in failed:
             _report_rolled_back(db, row, reason, now)
-        activate(db, digest, 0, now)
-    log.info("bundle %s is in use, from %s", digest[:12], source.name)
-    return ActiveBundle(Active(reader, digest, 0))
+        activate(db, shipped.digest, 0, now)
+    log.info("bundle %s is in use, the one that came with the software or its configuration", shipped.digest[:12])
 
 
 def _roll_back(db: sqlite3.Connection, failed: list[tuple[sqlite3.Row, str]], to: sqlite3.Row, now: float) -> None:
+    database.end_alarm(db, IN_USE)
     if not failed:
         return
     with transaction(db):

@@ -1,12 +1,12 @@
 """The catalog: which series there are, what state each is in, and what had to be set aside.
 
-Reads and writes the tables series, instances and quarantine; the clock is the caller's.
+Reads and writes the tables series, instances, unreadable, quarantine and removals; the clock is the caller's.
 Never opens an instance's pixels, never logs a UID: a series has a number of our own.
 Source: states and the facts that make them true are the table below; file order PS3.4 Annex B (C-STORE is kept, then told).
 """
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from logging import getLogger
@@ -20,6 +20,8 @@ from edge_agent.instances import Header, HeaderError, Kept
 log = getLogger(__name__)
 
 SeriesNo = NewType("SeriesNo", int)
+
+OTHER_CONTENT = "SOPInstanceUID came before with other content"
 
 
 class State(StrEnum):
@@ -91,52 +93,65 @@ class QuarantineRow:
 def add_instance(db: sqlite3.Connection, header: Header, kept: Kept, *, calling_ae: str, now: float) -> Admission:
     """Give a kept file its place: in a series, or in quarantine with the reason. Twice is once.
 
-    A late instance re-opens its series, whatever became of it.
+    A late instance re-opens its series, whatever became of it. Other bytes under a known UID take the place of a copy
+    that could not be decoded; beside one that could, they are set aside.
     """
     with transaction(db):
-        twin = db.execute(
-            "SELECT series_no, sha256 FROM instances WHERE SOPInstanceUID = ?", (header.SOPInstanceUID,)
-        ).fetchone()
+        twin = db.execute("SELECT * FROM instances WHERE SOPInstanceUID = ?", (header.SOPInstanceUID,)).fetchone()
         series = db.execute("SELECT * FROM series WHERE SeriesInstanceUID = ?", (header.SeriesInstanceUID,)).fetchone()
         if twin and twin["sha256"] == kept.sha256:
-            if series and series["state"] == State.FAILED:  # sent again on purpose: tried again
+            if series and _wants_again(db, series):  # sent again on purpose: tried again
                 _touch(db, series, now)
             return Admission(Outcome.AGAIN, SeriesNo(twin["series_no"]))
+        if twin and series and twin["series_no"] == series["series_no"] and _is_unreadable(db, header.SOPInstanceUID):
+            _replace(db, twin, header, kept, calling_ae=calling_ae, now=now)
+            _touch(db, series, now)
+            return Admission(Outcome.CATALOGED, SeriesNo(series["series_no"]))
         if not twin and (not series or series["StudyInstanceUID"] == header.StudyInstanceUID):
             series_no = _reopen(db, series, header, now) if series else _insert_series(db, header, now)
-            db.execute(
-                "INSERT INTO instances VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    header.SOPInstanceUID,
-                    series_no,
-                    header.SOPClassUID,
-                    header.TransferSyntaxUID,
-                    kept.path,
-                    kept.size,
-                    kept.sha256,
-                    now,
-                ),
-            )
+            _insert_instance(db, series_no, header, kept, now)
             return Admission(Outcome.CATALOGED, series_no)
-    reason = "SOPInstanceUID came before with other content" if twin else "its series belongs to another study"
-    return quarantine(db, kept, reason, calling_ae=calling_ae, now=now)
+    if not twin:
+        return quarantine(db, kept, "its series belongs to another study", calling_ae=calling_ae, now=now)
+    return quarantine(db, kept, OTHER_CONTENT, calling_ae=calling_ae, now=now, rival_of=header.SOPInstanceUID)
 
 
-def quarantine(db: sqlite3.Connection, kept: Kept, reason: str, *, calling_ae: str, now: float) -> Admission:
-    """List a kept file as set aside; the operator sees it in `edge-agent status`. `reason` holds no patient data."""
+def quarantine(
+    db: sqlite3.Connection, kept: Kept, reason: str, *, calling_ae: str, now: float, rival_of: str = ""
+) -> Admission:
+    """List a kept file as set aside; the operator sees it in `edge-agent status`. `reason` holds no patient data.
+
+    `rival_of` is the SOPInstanceUID of the stored copy whose place the file may take; see `offer_rivals`.
+    """
     with transaction(db):
         if db.execute("SELECT 1 FROM quarantine WHERE path = ?", (kept.path,)).fetchone():
             return Admission(Outcome.AGAIN, reason=reason)
-        number = db.execute(
-            "INSERT INTO quarantine (path, size, reason, calling_ae, received_at) VALUES (?, ?, ?, ?, ?)",
-            (kept.path, kept.size, reason, calling_ae, now),
-        ).lastrowid
-    log.warning("quarantine %d: %s", number, reason)
+        _set_aside(db, kept, reason, calling_ae, now, rival_of)
     return Admission(Outcome.QUARANTINED, reason=reason)
 
 
+def offer_rivals(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
+    """Copies that came while nobody knew that the stored one is unreadable take its place now, the newest first.
+
+    What was replaced is no rival any more, so two unreadable copies do not change places for ever.
+    """
+    rivals = db.execute(
+        "SELECT q.* FROM quarantine q JOIN unreadable u USING (SOPInstanceUID) ORDER BY quarantine_no DESC"
+    ).fetchall()
+    for row in rivals:
+        kept = Kept(row["path"], row["size"], Path(row["path"]).stem)
+        try:
+            header = instances.read_file_header(data_dir / row["path"])
+        except HeaderError as error:  # damaged or lost since it came
+            log.warning("quarantine %d cannot replace an unreadable image: %s", row["quarantine_no"], error)
+            continue
+        add_instance(db, header, kept, calling_ae=row["calling_ae"], now=now)
+
+
 def quarantined(db: sqlite3.Connection) -> list[QuarantineRow]:
-    rows = db.execute("SELECT * FROM quarantine ORDER BY quarantine_no")
+    rows = db.execute(
+        "SELECT quarantine_no, path, size, reason, calling_ae, received_at FROM quarantine ORDER BY quarantine_no"
+    )
     return [QuarantineRow(**dict(row)) for row in rows]
 
 
@@ -186,6 +201,7 @@ def mark_read(db: sqlite3.Connection, row: SeriesRow) -> int:
     A series that a late instance re-opened meanwhile keeps RECEIVING and is read again.
     """
     db.execute("UPDATE series SET version = ? WHERE series_no = ?", (row.version + 1, row.series_no))
+    _clear_unreadable(db, row.series_no)
     _move(db, row.series_no, Event.READ)
     return row.version + 1
 
@@ -194,13 +210,25 @@ def mark_reported(db: sqlite3.Connection, series_no: int) -> None:
     _move(db, series_no, Event.REPORTED)
 
 
-def mark_failed(db: sqlite3.Connection, series_no: int, reason: str) -> None:
-    """`reason` is for the operator and holds no patient data."""
-    _move(db, series_no, Event.FAILED, reason)
+def mark_failed(db: sqlite3.Connection, series_no: int, reason: str, unreadable: Sequence[str] = ()) -> None:
+    """`reason` is for the operator and holds no patient data; `unreadable`: paths of instances that cannot be decoded."""
+    with transaction(db):
+        _clear_unreadable(db, series_no)
+        db.executemany(
+            "INSERT INTO unreadable SELECT SOPInstanceUID FROM instances WHERE series_no = ? AND path = ?",
+            [(series_no, path) for path in unreadable],
+        )
+        _move(db, series_no, Event.FAILED, reason)
 
 
 def mark_not_for_us(db: sqlite3.Connection, series_no: int, reason: str) -> None:
     _move(db, series_no, Event.NOT_FOR_US, reason)
+
+
+def images_removed_at(db: sqlite3.Connection, series_no: int) -> float | None:
+    """When the images of a series were old enough to go; None while they are here."""
+    row = db.execute("SELECT removed_at FROM removals WHERE series_no = ?", (series_no,)).fetchone()
+    return float(row["removed_at"]) if row else None
 
 
 def repair(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
@@ -209,6 +237,7 @@ def repair(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
     Half-written files go (nobody was told), whole files without a row get one (their sender may have been told nothing;
     its repeat is then "again"), and no association is still open.
     """
+    instances.make_folders(data_dir)
     unfinished = instances.remove_unfinished(data_dir)
     known = {row["path"] for row in db.execute("SELECT path FROM instances UNION SELECT path FROM quarantine")}
     orphans = [path for path in instances.all_files(data_dir) if str(path.relative_to(data_dir)) not in known]
@@ -218,6 +247,7 @@ def repair(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
             add_instance(db, instances.read_file_header(path), kept, calling_ae="", now=now)
         except HeaderError as error:
             quarantine(db, kept, str(error), calling_ae="", now=now)
+    offer_rivals(db, data_dir, now)
     db.execute("UPDATE series SET association_ended = 1 WHERE state = 'receiving'")
     if unfinished or orphans:
         log.info("start-up repair: %d unfinished files removed, %d files cataloged", unfinished, len(orphans))
@@ -244,28 +274,80 @@ def _insert_series(db: sqlite3.Connection, header: Header, now: float) -> Series
     return SeriesNo(series_no)
 
 
+def _insert_instance(db: sqlite3.Connection, series_no: int, header: Header, kept: Kept, now: float) -> None:
+    db.execute(
+        "INSERT INTO instances VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            header.SOPInstanceUID,
+            series_no,
+            header.SOPClassUID,
+            header.TransferSyntaxUID,
+            kept.path,
+            kept.size,
+            kept.sha256,
+            now,
+        ),
+    )
+
+
 def _reopen(db: sqlite3.Connection, row: sqlite3.Row, header: Header, now: float) -> SeriesNo:
-    """One more instance: back to RECEIVING, with its association open."""
-    series_no = SeriesNo(row["series_no"])
+    """One more instance."""
     db.execute(
         """
-        UPDATE series SET instance_count = instance_count + 1, last_instance_at = ?,
-            association_ended = 0, expected_count = NULLIF(MAX(IFNULL(expected_count, 0), ?), 0) WHERE series_no = ?
+        UPDATE series SET instance_count = instance_count + 1,
+            expected_count = NULLIF(MAX(IFNULL(expected_count, 0), ?), 0) WHERE series_no = ?
         """,
-        (now, header.expected_count or 0, series_no),
+        (header.expected_count or 0, row["series_no"]),
     )
-    if row["state"] != State.RECEIVING:
-        _move(db, series_no, Event.INSTANCE)
-    return series_no
+    _touch(db, row, now)
+    return SeriesNo(row["series_no"])
 
 
 def _touch(db: sqlite3.Connection, row: sqlite3.Row, now: float) -> None:
-    """As `_reopen`, for an instance that is counted already."""
+    """Something came for the series: back to RECEIVING, with its association open and its images wanted."""
+    series_no = row["series_no"]
+    db.execute("UPDATE series SET last_instance_at = ?, association_ended = 0 WHERE series_no = ?", (now, series_no))
+    db.execute("DELETE FROM removals WHERE series_no = ?", (series_no,))
+    if row["state"] != State.RECEIVING:
+        _move(db, series_no, Event.INSTANCE)
+
+
+def _wants_again(db: sqlite3.Connection, row: sqlite3.Row) -> bool:
+    """True where the same bytes are news: the series failed, or its images were removed."""
+    return row["state"] == State.FAILED or images_removed_at(db, row["series_no"]) is not None
+
+
+def _is_unreadable(db: sqlite3.Connection, SOPInstanceUID: str) -> bool:
+    found = db.execute("SELECT 1 FROM unreadable WHERE SOPInstanceUID = ?", (SOPInstanceUID,)).fetchone()
+    return found is not None
+
+
+def _clear_unreadable(db: sqlite3.Connection, series_no: int) -> None:
     db.execute(
-        "UPDATE series SET last_instance_at = MAX(last_instance_at, ?), association_ended = 0 WHERE series_no = ?",
-        (now, row["series_no"]),
+        "DELETE FROM unreadable WHERE SOPInstanceUID IN (SELECT SOPInstanceUID FROM instances WHERE series_no = ?)",
+        (series_no,),
     )
-    _move(db, row["series_no"], Event.INSTANCE)
+
+
+def _replace(
+    db: sqlite3.Connection, old: sqlite3.Row, header: Header, kept: Kept, *, calling_ae: str, now: float
+) -> None:
+    """Other bytes under the UID of an unreadable instance; the old ones are kept in quarantine."""
+    for table in ("unreadable", "instances"):
+        db.execute(f"DELETE FROM {table} WHERE SOPInstanceUID = ?", (header.SOPInstanceUID,))  # noqa: S608
+    db.execute("DELETE FROM quarantine WHERE path = ?", (kept.path,))  # where it waited as a rival
+    _insert_instance(db, old["series_no"], header, kept, now)
+    log.info("series %d: an image that could not be decoded is replaced", old["series_no"])
+    reason = "could not be decoded; another copy took its place"
+    _set_aside(db, Kept(old["path"], old["size"], old["sha256"]), reason, calling_ae, now, "")
+
+
+def _set_aside(db: sqlite3.Connection, kept: Kept, reason: str, calling_ae: str, now: float, rival_of: str) -> None:
+    number = db.execute(
+        "INSERT INTO quarantine (path, size, reason, calling_ae, received_at, SOPInstanceUID) VALUES (?, ?, ?, ?, ?, ?)",
+        (kept.path, kept.size, reason, calling_ae, now, rival_of),
+    ).lastrowid
+    log.warning("quarantine %d: %s", number, reason)
 
 
 def _move(db: sqlite3.Connection, series_no: int, event: Event, reason: str = "") -> None:

@@ -23,6 +23,7 @@ from models.errors import ModelError
 
 if TYPE_CHECKING:
     from edge_agent.status import Status
+    from edge_agent.task_status import TaskStatus
 
 DEFAULT_CONFIG = Path("edge-agent.toml")
 app = typer.Typer(
@@ -62,10 +63,22 @@ def enroll(
         str, typer.Argument(help="The one-time token that `fleet device add` printed; - reads it from standard input.")
     ],
     config: ConfigOption = DEFAULT_CONFIG,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Renew the certificate, or move to another hub; the agent must be stopped."),
+    ] = False,
 ) -> None:
     """Make this box's key and get its certificate from the hub."""
     text = sys.stdin.readline().strip() if token == "-" else token  # noqa: S105
-    enrolled = identity.enroll(text, configuration.load(config).box.data_dir)
+    data_dir = configuration.load(config).box.data_dir
+    if replace:
+        from edge_agent import status
+
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with status.run_lock(data_dir):
+            enrolled = identity.enroll(text, data_dir, replace=True)
+    else:
+        enrolled = identity.enroll(text, data_dir)
     out.print(
         f"Enrolled as {enrolled.address.device} at {enrolled.address.hub_url}. Restart a running edge-agent.",
         soft_wrap=True,
@@ -174,17 +187,41 @@ def _print_status(gathered: "Status") -> None:
     device = gathered.device or "not enrolled"
     link = "connected to the hub" if gathered.hub_connected else "no connection to the hub"
     out.print(f"[bold]{device}[/bold]  {state}, {link}; {gathered.disk_free_bytes / 1e9:.1f} GB free")
+    for alarm in gathered.alarms:
+        out.print(f"[red]alarm:[/red] {escape(alarm)}", soft_wrap=True)
+    for notice in gathered.notices:
+        out.print(f"[yellow]notice:[/yellow] {escape(notice)}", soft_wrap=True)
+    if gathered.certificate_days_left is not None:
+        out.print(f"certificate: {gathered.certificate_days_left} days left")
     if gathered.bundle:
         out.print(
             f"model: release {gathered.bundle['release_version']}, bundle {gathered.bundle['bundle_digest'][:12]}"
         )
     out.print("series: " + (", ".join(f"{n} {name}" for name, n in gathered.series.items()) or "none yet"))
     out.print("counts: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in gathered.counts.items()))
+    _print_rows("Tasks, at 90 % coverage", [_task_row(task) for task in gathered.tasks])
     _print_rows("Rounds", gathered.rounds)
     _print_rows("Waiting for the PACS", gathered.pacs)
     _print_rows("Series not read", gathered.failed)
     _print_rows("Quarantine", gathered.quarantine)
     _print_rows("Refused bundles", gathered.refused_bundles)
+
+
+def _task_row(task: "TaskStatus") -> dict[str, str]:
+    """Bundle → this site."""
+    return {
+        "task": task.task,
+        "reviewed": str(task.reviewed),
+        "label_in_set": _share(task.covered, task.reviewed),
+        "by_the_bundle": _share(task.covered_by_bundle, task.reviewed),
+        "threshold": f"{task.threshold_of_bundle:.3f} → {task.threshold:.3f}",
+        "temperature": f"{task.temperature_of_bundle:.2f} → {task.temperature:.2f}",
+        "drift": task.drift_said,
+    }
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "–"
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:

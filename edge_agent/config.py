@@ -23,19 +23,19 @@ ANY_AE = "*"
 AeTitle = Annotated[
     str,
     Meta(
-        pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$",
+        pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?\Z",  # not $, which also takes a newline at the end
         description="an AE title has 1 to 16 ASCII characters, no backslash, no blank at either end",
     ),
 ]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port is a whole number from 1 to 65535")]
 ListenPort = Annotated[int, Meta(ge=0, le=65535, description="a port is a whole number to 65535; 0 takes a free one")]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e8, description="seconds are a number above 0")]
-Host = Annotated[str, Meta(pattern=r"^[^\s/]+$", description="a host is a name or an address, without blanks")]
-Url = Annotated[str, Meta(pattern=r"^(https://[^\s/]+/?)?$", description='an address as https://host:port, or ""')]
+Host = Annotated[str, Meta(pattern=r"^[^\s/]+\Z", description="a host is a name or an address, without blanks")]
+Url = Annotated[str, Meta(pattern=r"^(https://[^\s/]+/?)?\Z", description='an address as https://host:port, or ""')]
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
 Hours = Annotated[
     str,
-    Meta(pattern=rf"^{CLOCK}-({CLOCK}|24:00)$", description='hours are "HH:MM-HH:MM", as in "20:00-06:00"'),
+    Meta(pattern=rf"^{CLOCK}-({CLOCK}|24:00)\Z", description='hours are "HH:MM-HH:MM", as in "20:00-06:00"'),
 ]
 
 
@@ -61,6 +61,11 @@ class Dicom:
 
 
 @dataclass(frozen=True)
+class Storage:
+    keep_days: Annotated[int, Meta(ge=0, le=36500, description="days are a whole number to 36500; 0 keeps for ever")]
+
+
+@dataclass(frozen=True)
 class Pacs:
     enabled: bool
     host: Host
@@ -72,8 +77,10 @@ class Pacs:
 @dataclass(frozen=True)
 class Inference:
     providers: Annotated[tuple[str, ...], Meta(min_length=1, description="at least one ONNX Runtime provider")]
+    precision: Literal["auto", "fp32"]
     threads: Annotated[int, Meta(ge=0, le=1024)]
     bundle: Path | None
+    adapt: bool
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ class Review:
 class Hub:
     enabled: bool
     url: Url
+    mqtt_port: Annotated[
+        int, Meta(ge=0, le=65535, description="a port is a whole number to 65535; 0 is that of the enrolment")
+    ]
     heartbeat_s: Seconds
 
 
@@ -113,6 +123,7 @@ class Learning:
 class Config:
     box: Box
     dicom: Dicom
+    storage: Storage
     pacs: Pacs
     inference: Inference
     review: Review

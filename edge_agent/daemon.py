@@ -15,7 +15,7 @@ from threading import Event, Thread
 
 import uvicorn
 
-from edge_agent import bundles, catalog, database, decode, identity, review, status
+from edge_agent import bundles, catalog, database, decode, hub_change, identity, review, status
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.delivery import Delivery
@@ -50,9 +50,10 @@ def run(config: Config) -> None:
         signal.signal(number, lambda *_: stop.set())
     check(config)
     with status.run_lock(config.box.data_dir):
-        holder = repair(config)
+        enrolled = _enrolled(config)
+        holder = repair(config, enrolled)
         scp = StorageScp(config, on_association_end=lambda: None)
-        workers = [Worker(name, _thread(name, work, stop)) for name, work in work_of(config, holder).items()]
+        workers = [Worker(name, _thread(name, work, stop)) for name, work in work_of(config, holder, enrolled).items()]
         try:
             scp.start()
             notify.ready(f"receiving as {config.dicom.ae_title} on port {scp.port}")
@@ -82,20 +83,21 @@ def check(config: Config) -> None:
         ) from error
 
 
-def repair(config: Config) -> ActiveBundle:
+def repair(config: Config, enrolled: identity.Enrolled | None) -> ActiveBundle:
     """Make half-done work whole, and open the bundle in use."""
     files.remove_unfinished(config.box.data_dir)
     db = database.connect(config.box.data_dir)
     try:
         catalog.repair(db, config.box.data_dir, time.time())
+        if enrolled is not None:
+            hub_change.follow(db, config.box.data_dir, enrolled, time.time())
         return bundles.load_active(db, config, time.time())
     finally:
         db.close()
 
 
-def work_of(config: Config, holder: ActiveBundle) -> dict[str, Work]:
+def work_of(config: Config, holder: ActiveBundle, enrolled: identity.Enrolled | None) -> dict[str, Work]:
     """What runs side by side; each item owns its thread and its database connection."""
-    enrolled = _enrolled(config)
     work: dict[str, Work] = {
         "pipeline": Pipeline(config, holder, time.time).run,
         "review": lambda stop: serve_review(config, stop),
@@ -113,10 +115,9 @@ def work_of(config: Config, holder: ActiveBundle) -> dict[str, Work]:
 
 def _enrolled(config: Config) -> identity.Enrolled | None:
     """A damaged identity keeps the box from the hub, never from its scanners."""
-    if not identity.is_enrolled(config.box.data_dir):
-        return None
     try:
-        return identity.load(config.box.data_dir)
+        identity.settle(config.box.data_dir)
+        return identity.load(config.box.data_dir) if identity.is_enrolled(config.box.data_dir) else None
     except SiteError as error:
         log.error("no link to the hub: %s (%s)", error, error.advice)
         return None

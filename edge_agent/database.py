@@ -5,13 +5,19 @@ Never shared between threads: each thread opens its own connection.
 Source: SQLite documentation, "Write-Ahead Logging" and PRAGMA synchronous.
 """
 
+import os
+import re
 import sqlite3
+import stat
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 from fleet_link.errors import SiteError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# What schema.sql cannot do to a table that is there already, by the version that it leads to.
+CHANGES = {2: "ALTER TABLE quarantine ADD COLUMN SOPInstanceUID TEXT NOT NULL DEFAULT ''"}
 
 
 def connect(data_dir: Path) -> sqlite3.Connection:
@@ -19,7 +25,10 @@ def connect(data_dir: Path) -> sqlite3.Connection:
 
     Raises SiteError when the file is from a newer software version.
     """
-    db = sqlite3.connect(data_dir / "box.db", isolation_level=None, timeout=30.0)
+    path = data_dir / "box.db"
+    with suppress(OSError):  # there already, or SQLite says better what is wrong
+        os.mknod(path, stat.S_IFREG | 0o600)  # no descriptor: closing one would drop the locks of other connections
+    db = sqlite3.connect(path, isolation_level=None, timeout=30.0)  # -wal and -shm get the mode of box.db
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
@@ -31,9 +40,21 @@ def connect(data_dir: Path) -> sqlite3.Connection:
             advice="install the software version that wrote it, or a newer one",
         )
     if version < SCHEMA_VERSION:
-        db.executescript(files("edge_agent").joinpath("schema.sql").read_text("utf-8"))
-        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        _bring_up_to_date(db)
     return db
+
+
+def _bring_up_to_date(db: sqlite3.Connection) -> None:
+    """Whole or not at all; a second process that opens the database at the same time waits and finds it done."""
+    with transaction(db):
+        version = int(db.execute("PRAGMA user_version").fetchone()[0])
+        if version:
+            for number in range(version + 1, SCHEMA_VERSION + 1):
+                db.execute(CHANGES[number])
+        schema = files("edge_agent").joinpath("schema.sql").read_text("utf-8")
+        for statement in filter(str.strip, re.sub(r"--.*", "", schema).split(";")):
+            db.execute(statement)  # executescript() would commit first
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
 
 class transaction:  # noqa: N801 - reads as a statement: `with transaction(db):`
@@ -73,3 +94,34 @@ def counter(db: sqlite3.Connection, name: str) -> int:
 
 def forget(db: sqlite3.Connection, name: str) -> None:
     db.execute("DELETE FROM counters WHERE name = ?", (name,))
+
+
+def raise_alarm(db: sqlite3.Connection, name: str, text: str, now: float, *, is_notice: bool = False) -> None:
+    """What somebody must look at, told to status and hub until it is ended. `text` holds no patient data.
+
+    An alarm holds new releases back from this box, a notice does not.
+    """
+    db.execute(
+        "INSERT INTO alarms (name, text, raised_at, is_notice) VALUES (?, ?, ?, ?) ON CONFLICT(name)"
+        " DO UPDATE SET text = excluded.text, raised_at = excluded.raised_at, is_notice = excluded.is_notice",
+        (name, text, now, is_notice),
+    )
+
+
+def end_alarm(db: sqlite3.Connection, name: str) -> None:
+    db.execute("DELETE FROM alarms WHERE name = ?", (name,))
+
+
+def alarms(db: sqlite3.Connection) -> list[str]:
+    """Texts, the newest last."""
+    return _texts(db, is_notice=False)
+
+
+def notices(db: sqlite3.Connection) -> list[str]:
+    """Texts, the newest last."""
+    return _texts(db, is_notice=True)
+
+
+def _texts(db: sqlite3.Connection, *, is_notice: bool) -> list[str]:
+    rows = db.execute("SELECT text FROM alarms WHERE is_notice = ? ORDER BY raised_at, name", (is_notice,))
+    return [str(row["text"]) for row in rows]

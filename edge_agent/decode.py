@@ -117,7 +117,7 @@ def to_volume(paths: Sequence[Path], *, most_slices: int | None = None) -> Decod
     if most_slices is not None:
         slices = [slices[z] for z in spread(len(slices), most_slices)]
     rows, columns = slices[0].shape_YX
-    if len(slices) * rows * columns > MAX_VOXELS:
+    if _count_voxels(slices) > MAX_VOXELS:
         raise DecodeError(f"{len(slices)} images of {rows} x {columns} pixels are too large")
     voxels_ZYX = np.empty((len(slices), rows, columns), np.float32)
     place = {piece.source: z for z, piece in enumerate(slices)}
@@ -127,6 +127,25 @@ def to_volume(paths: Sequence[Path], *, most_slices: int | None = None) -> Decod
             voxels_ZYX[place[piece.source]] = image_YX
     volume = Volume(voxels_ZYX, _spacing_mm(slices), slices[0].modality, slices[len(slices) // 2].window)
     return Decoded(volume, tuple(piece.source for piece in slices))
+
+
+def unreadable(paths: Sequence[Path]) -> list[Path]:
+    """Those whose header or pixels cannot be decoded, each looked at by itself; costs a decoding of the series."""
+    return [path for path in paths if not _is_readable(path)]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        slices = _read_slices(path)
+        if _count_voxels(slices) > MAX_VOXELS:
+            return False
+        for _ in _images(path, slices):
+            pass
+    except NotForUsError:
+        return True
+    except DecodeError:
+        return False
+    return True
 
 
 def hush_pydicom() -> None:
@@ -177,6 +196,8 @@ def _read_slices(path: Path) -> list[_Slice]:
         if frames > 1 or "PerFrameFunctionalGroupsSequence" in ds:
             return [_slice(path, ds, _groups(ds, index), index + 1) for index in range(max(frames, 1))]
         return [_slice(path, ds, [ds], None)]
+    except FileNotFoundError as error:
+        raise DecodeError("an image is no longer on this box", advice="send the whole series again") from error
     except PYDICOM_ERRORS as error:
         raise DecodeError(f"an image's header cannot be understood: {_complaint(error)}") from error
 
@@ -242,6 +263,10 @@ def _of_interest(slices: Sequence[_Slice]) -> list[_Slice]:
     if len({piece.shape_YX for piece in kept}) > 1:
         raise DecodeError("the images of the series have different sizes")
     return kept
+
+
+def _count_voxels(slices: Sequence[_Slice]) -> int:
+    return sum(math.prod(piece.shape_YX) for piece in slices)
 
 
 def _ordered(slices: Sequence[_Slice]) -> list[_Slice]:

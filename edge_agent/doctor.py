@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -17,17 +18,15 @@ from importlib.util import find_spec
 
 import httpx
 import onnxruntime
-from cryptography import x509
 from pynetdicom.ae import ApplicationEntity
 
-from edge_agent import bundles, health, identity, status
+from edge_agent import bundles, database, drift, health, identity, status, task_status
 from edge_agent.config import Config
 from fleet_link.errors import WardroundError
 from models.bundle import SHIPPED
 from models.errors import ModelError
 
 CLOCK_TOLERANCE_S = 120.0
-CERTIFICATE_WARNING_DAYS = 30
 TIMEOUT_S = 5.0
 
 
@@ -47,7 +46,7 @@ class Check:
 
 def examine(config: Config) -> Iterator[Check]:
     """Each check in turn; those that need the network come last."""
-    for check in (_disk, _ports, _providers, _bundle, _learning, _identity, _pacs, _hub):
+    for check in (_disk, _ports, _providers, _bundle, _drift, _learning, _identity, _pacs, _hub):
         yield from check(config)
 
 
@@ -119,6 +118,15 @@ def _bundle(config: Config) -> Iterator[Check]:
     )
 
 
+def _drift(config: Config) -> Iterator[Check]:
+    if not (config.box.data_dir / "box.db").exists():
+        return
+    with closing(database.connect(config.box.data_dir)) as db:
+        for task in task_status.gather(db, config):
+            level = Level.WARNING if task.drifted else Level.OK
+            yield Check("drift", level, f"{task.task}: {task.drift_said}", drift.ADVICE if task.drifted else "")
+
+
 def _learning(config: Config) -> Iterator[Check]:
     if config.policy.learn and find_spec("torch") is None:
         advice = "install the `train` extra, or set policy.learn = false"
@@ -134,15 +142,13 @@ def _identity(config: Config) -> Iterator[Check]:
     except WardroundError as error:
         yield Check("identity", Level.ERROR, str(error), error.advice)
         return
-    certificate = x509.load_der_x509_certificate(enrolled.identity.certificate_der)
-    days = (certificate.not_valid_after_utc.timestamp() - time.time()) / 86400
+    days = enrolled.days_left(time.time())
     text = f"{enrolled.address.device}, certificate valid for {days:.0f} days"
+    advice = "stop the agent and run `edge-agent enroll --replace TOKEN` with a new token from the hub"
     if days < 0:
-        yield Check(
-            "identity", Level.ERROR, text, "the certificate has expired: enrol again with a new token from the hub"
-        )
-    elif days < CERTIFICATE_WARNING_DAYS:
-        yield Check("identity", Level.WARNING, text, "enrol again with a new token before it expires")
+        yield Check("identity", Level.ERROR, f"{enrolled.address.device}, the certificate has expired", advice)
+    elif days < health.CERTIFICATE_WARNING_DAYS:
+        yield Check("identity", Level.WARNING, text, advice)
     else:
         yield Check("identity", Level.OK, text)
 
@@ -182,7 +188,7 @@ def _hub(config: Config) -> Iterator[Check]:
     if not config.hub.enabled or not config.box.data_dir.is_dir() or not identity.is_enrolled(config.box.data_dir):
         return
     enrolled = identity.load(config.box.data_dir)
-    address = enrolled.address
+    address = enrolled.address_now(config.hub)
     try:
         with socket.create_connection((address.mqtt_host, address.mqtt_port), TIMEOUT_S):
             yield Check("hub broker", Level.OK, f"{address.mqtt_host}:{address.mqtt_port} is open")

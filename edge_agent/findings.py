@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fleet_link.files import write_durably
+from models.adaptive import Calibration
 from models.spec import Code
 
 _ARRAYS = ("map_SHW", "slice_weights_S", "source_index_S")
@@ -34,7 +35,7 @@ class Findings:
     modality: str  # XR | CT | MR
     labels: tuple[LabelProbability, ...]
     predicted: str  # the most likely label, also where the reader abstains
-    prediction_set: tuple[str, ...]  # every label that is plausible at the bundle's conformal level
+    prediction_set: tuple[str, ...]  # every label that is plausible at the conformal level
     abstained: bool
     abstain_reason: str  # one sentence, empty unless abstained
     ood: float  # distance to the training images; larger is stranger
@@ -47,6 +48,7 @@ class Findings:
     map_SHW: NDArray[np.float32]  # 0..1; each slice covers exactly its source image, in lower resolution
     slice_weights_S: NDArray[np.float32]  # how much each slice counted; sums to 1
     source_index_S: NDArray[np.int64]  # index of each slice in the volume
+    calibration: Calibration | None = None  # what gave the probabilities and the set; None: the bundle's
 
     @property
     def probability(self) -> float:
@@ -88,5 +90,6 @@ def restore(text: str, maps_path: Path) -> Findings:
         kept["slice_weights_S"] = arrays["slice_weights_S"]
         kept["source_index_S"] = arrays["source_index_S"]
     kept["labels"] = msgspec.convert(kept["labels"], tuple[LabelProbability, ...])
+    kept["calibration"] = msgspec.convert(kept.get("calibration"), Calibration | None)
     kept["prediction_set"] = tuple(kept["prediction_set"])
     return Findings(**kept)

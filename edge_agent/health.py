@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from edge_agent import ledger
+from edge_agent import database, ledger, retention
 from edge_agent.bundles import Active
 from edge_agent.config import Config
+from edge_agent.identity import Enrolled
 from edge_agent.rounds import State
 from fleet_link.messages import Heartbeat, RoundStatus
 
+CERTIFICATE_WARNING_DAYS = 30
 MAX_ROUNDS = 16
 MAX_ALARMS = 16
 MAX_ALARM_CHARACTERS = 300
@@ -36,12 +38,16 @@ class Counts:
 
 
 def heartbeat(
-    db: sqlite3.Connection, config: Config, active: Active, uptime_s: float, link_alarms: Iterable[str]
+    db: sqlite3.Connection,
+    config: Config,
+    active: Active,
+    uptime_s: float,
+    link_alarms: Iterable[str],
+    link_notices: Iterable[str] = (),
 ) -> Heartbeat:
     """Everything but message_id is a fact of this moment."""
     counts = count(db)
     free = free_bytes(config.box.data_dir)
-    alarms = [*link_alarms, *_alarms(config, free)]
     return Heartbeat(
         message_id="0" * 32,  # nobody answers it: the next heartbeat replaces it
         software_version=metadata.version("wardround"),
@@ -58,7 +64,8 @@ def heartbeat(
         outbox_pending=counts.outbox_pending,
         disk_free_bytes=free,
         rounds=round_statuses(db),
-        alarms=tuple(alarm[:MAX_ALARM_CHARACTERS] for alarm in alarms[-MAX_ALARMS:]),
+        alarms=_newest([*link_alarms, *alarms(db, config, free)]),
+        notices=_newest([*link_notices, *database.notices(db)]),
     )
 
 
@@ -96,7 +103,26 @@ def free_bytes(data_dir: Path) -> int:
     return shutil.disk_usage(data_dir).free
 
 
-def _alarms(config: Config, free: int) -> list[str]:
-    if free >= config.dicom.min_free_bytes:
+def _newest(texts: list[str]) -> tuple[str, ...]:
+    return tuple(text[:MAX_ALARM_CHARACTERS] for text in texts[-MAX_ALARMS:])
+
+
+def certificate_notices(enrolled: Enrolled, now: float) -> list[str]:
+    """It is not renewed by itself: somebody must do it."""
+    days = enrolled.days_left(now)
+    if days >= CERTIFICATE_WARNING_DAYS:
         return []
-    return [f"disk: {free} bytes free, images are refused below {config.dicom.min_free_bytes}"]
+    state = "has expired" if days < 0 else f"ends in {int(days)} days"
+    return [f"the certificate {state}: renew it with a new token, `edge-agent enroll --replace TOKEN`"]
+
+
+def alarms(db: sqlite3.Connection, config: Config, free: int) -> list[str]:
+    """What somebody must look at on this box, the link's own troubles apart; `edge-agent status` shows it too."""
+    told = database.alarms(db)
+    if free < config.dicom.min_free_bytes:
+        could_go = retention.removable(db)
+        told.append(
+            f"disk: {free} bytes free, images are refused below {config.dicom.min_free_bytes}; a smaller storage.keep_days"
+            f" removes up to {could_go.bytes} bytes, the images of {could_go.series} delivered series"
+        )
+    return told

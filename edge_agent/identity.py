@@ -1,16 +1,18 @@
 """Who this box is: its key, its certificate, the fleet's CA, and how it got them (enrolment).
 
-Reads a one-time token; talks HTTPS to the hub; writes identity/ in data_dir, device.pem last: it means "enrolled".
+Reads a one-time token; talks HTTPS to the hub; writes identity.new/ in data_dir, device.pem last, then names it identity/.
 Never sends the private key; never trusts a hub whose CA is not the one in the token.
 Source: EST, RFC 7030 sections 4.1 and 4.2; PKCS #7 certs-only, RFC 5272.
 """
 
 import base64
 import binascii
+import shutil
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -18,12 +20,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 from msgspec import Meta
 
+from edge_agent.config import Hub
 from fleet_link import pki, tokens
 from fleet_link.errors import LinkError, SiteError, TrustError
-from fleet_link.files import write_durably
+from fleet_link.files import move_durably, write_durably
 
 MAX_REPLY_BYTES = 1024 * 1024
 TIMEOUT_S = 20.0
+DAY_S = 86400.0
 NEW_TOKEN = "ask for a new token on the hub: `fleet device token DEVICE`"  # noqa: S105 - advice, no secret
 
 
@@ -81,9 +85,28 @@ class Enrolled:
     identity: pki.Identity
     trust: pki.Trust
 
+    def days_left(self, now: float) -> float:
+        """Of the certificate; below 0 it has expired."""
+        certificate = x509.load_der_x509_certificate(self.identity.certificate_der)
+        return (certificate.not_valid_after_utc.timestamp() - now) / DAY_S
+
+    def address_now(self, hub: Hub) -> HubAddress:
+        """Where the hub is: what the site's [hub] says of it, over what the hub said at enrolment."""
+        return msgspec.structs.replace(
+            self.address,
+            hub_url=hub.url.rstrip("/") or self.address.hub_url,
+            mqtt_host=urlsplit(hub.url).hostname or self.address.mqtt_host,
+            mqtt_port=hub.mqtt_port or self.address.mqtt_port,
+        )
+
 
 def folder(data_dir: Path) -> Folder:
     return Folder(data_dir / "identity")
+
+
+def draft(data_dir: Path) -> Folder:
+    """Where an enrolment grows; whole once it has its certificate."""
+    return Folder(data_dir / "identity.new")
 
 
 def is_enrolled(data_dir: Path) -> bool:
@@ -101,23 +124,24 @@ def load(data_dir: Path) -> Enrolled:
         here.tuf_root.stat()
         return Enrolled(here, address, pki.load_identity(here.key, here.certificate), trust)
     except (OSError, ValueError) as error:
-        advice = "restore the identity folder, or remove it and enrol with a new token"
+        advice = "restore the identity folder, or enrol with a new token: `edge-agent enroll --replace TOKEN`"
         raise SiteError(f"this box's identity is damaged: {error}", advice=advice) from error
 
 
-def enroll(token_text: str, data_dir: Path) -> Enrolled:
-    """Buy a certificate with a one-time token.
+def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolled:
+    """Buy a certificate with a one-time token; `replace` puts it in the place of the identity that is there.
 
     May be repeated with the same token as long as the hub has issued nothing for it.
     Raises SiteError (already enrolled), TrustError (not the token's hub) or LinkError (hub away or token refused).
     """
     token = tokens.parse(token_text)
-    here = folder(data_dir)
-    if is_enrolled(data_dir):
+    settle(data_dir)
+    if is_enrolled(data_dir) and not replace:
         raise SiteError(
             f"this box is already enrolled as {load(data_dir).address.device}",
-            advice=f"to give it another identity stop the agent and remove {here.path}",
+            advice="to renew its certificate or move it to another hub stop the agent and run `edge-agent enroll --replace TOKEN`",
         )
+    here = draft(data_dir)
     here.tuf.mkdir(mode=0o700, parents=True, exist_ok=True)
     here.path.chmod(0o700)
     # 1. The CA, fetched without trust and pinned by the token's fingerprint.
@@ -135,7 +159,28 @@ def enroll(token_text: str, data_dir: Path) -> Enrolled:
     # 4. Only a certificate of this key, this name and this CA is kept.
     _check_certificate(certificate, key, token.device, ca)
     write_durably(here.certificate, certificate.public_bytes(Encoding.PEM), mode=0o644)
+    settle(data_dir)
     return load(data_dir)
+
+
+def settle(data_dir: Path) -> None:
+    """Put a whole draft into its place; at start too, for an enrolment that was killed. Raises SiteError.
+
+    The old identity goes when the new one is whole. With the same CA it is the same hub: what this box has seen of its
+    releases stays, so that none of them can be rolled back.
+    """
+    new, old = draft(data_dir), folder(data_dir)
+    if not new.certificate.exists():
+        return
+    try:
+        if old.tuf.exists() and old.ca.exists() and old.ca.read_bytes() == new.ca.read_bytes():
+            shutil.rmtree(new.tuf, ignore_errors=True)
+            move_durably(old.tuf, new.tuf)
+        if old.path.exists():
+            shutil.rmtree(old.path)
+    except OSError as error:
+        raise SiteError(f"the old identity cannot be replaced: {error}", advice=f"check {old.path}") from error
+    move_durably(new.path, old.path)
 
 
 def _pinned_ca(token: tokens.EnrolmentToken) -> x509.Certificate:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent import decode, instances
+from edge_agent import catalog, decode, instances
 from edge_agent.recent import Recent
 from fleet_link.errors import SiteError
 from models.preprocess import Volume
@@ -88,6 +88,10 @@ class Images:
     def stack(self, db: sqlite3.Connection, series_no: int) -> Stack:
         """Raises DecodeError or ImageError."""
         paths = instances.open(db, self._data_dir, series_no)
+        if catalog.images_removed_at(db, series_no) is not None:
+            raise ImageError(
+                f"the images of series {series_no} were removed from this box", advice="look at them in the PACS"
+            )
         if not paths:
             raise ImageError(f"series {series_no} has no images on this box")
         return self._stacks.get(paths, lambda: to_stack(decode.to_volume(paths).volume))

@@ -30,6 +30,7 @@ from fleet_link.files import sync_folder
 from models.spec import DICOM_MODALITY
 
 FOLDER = "instances"
+FOLDERS_OF_IMAGES = (FOLDER, "maps", "reports", "examples", "learning")  # for the eyes of this user only
 UNFINISHED = ".tmp"
 PREFIX_LENGTH = 132  # preamble and "DICM"
 MAX_INFLATED_HEADER = 16 << 20
@@ -158,9 +159,20 @@ def read_file_header(path: Path) -> Header:
 
 
 def open(db: sqlite3.Connection, data_dir: Path, series_no: int) -> tuple[Path, ...]:
-    """The files of a series, in the order they came."""
-    rows = db.execute("SELECT path FROM instances WHERE series_no = ? ORDER BY received_at, rowid", (series_no,))
+    """The files of a series, in the order they came; none once they were removed (retention.py)."""
+    rows = db.execute(
+        "SELECT path FROM instances WHERE series_no = ? AND series_no NOT IN (SELECT series_no FROM removals)"
+        " ORDER BY received_at, rowid",
+        (series_no,),
+    )
     return tuple(data_dir / row["path"] for row in rows)
+
+
+def make_folders(data_dir: Path) -> None:
+    """Every folder that holds images, closed to others whatever the umask and whoever made it."""
+    for name in FOLDERS_OF_IMAGES:
+        (data_dir / name).mkdir(exist_ok=True)
+        (data_dir / name).chmod(0o700)
 
 
 def remove_unfinished(data_dir: Path) -> int:

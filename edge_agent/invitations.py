@@ -19,13 +19,25 @@ from fleet_link.messages import RoundPlan
 SETTLING_S = 60.0  # verdicts given just before the invitation become examples first
 
 
-def take(db: sqlite3.Connection, config: Config, plan: RoundPlan, now: float) -> None:
-    """A plan, for the first time or again: an answer that the hub has missed is said once more."""
+def take(db: sqlite3.Connection, config: Config, device: str, plan: RoundPlan, now: float) -> None:
+    """A plan, for the first time or again: what the hub has missed, or forgot with an old backup, is said once more."""
     known = ledger.invite(db, plan, now)
     if known.state is State.INVITED:
         _judge(db, config, known, now)
-    else:
-        ledger.apply(db, config.box.data_dir, plan.round_id, Event.INVITATION, now)
+        return
+    event, outcome = _answer_again(known, config.box.data_dir, device)
+    ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)
+
+
+def _answer_again(known: Round, data_dir: Path, device: str) -> tuple[Event, Outcome]:
+    if known.state is State.CLOSED:
+        return Event.INVITATION, Outcome(reason=known.reason or "the round is over on this box")
+    if known.state is not State.DELIVERED:
+        return Event.INVITATION, Outcome()
+    update = data_dir / known.update_path
+    if not update.is_file():
+        return Event.LOST, Outcome(reason="this box has delivered its update and does not have it any more")
+    return Event.INVITATION, Outcome(update=ledger.offer_of(update, known.round_id, device))
 
 
 def judge_waiting(db: sqlite3.Connection, config: Config, now: float) -> None:

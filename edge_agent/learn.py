@@ -5,6 +5,7 @@ Never imports torch, never sends anything, never trains on a held-out patient.
 Source: ARCHITECTURE.md, "Five paths"; the split is by patient, as DICOM PS3.3 C.7.1.1 names one.
 """
 
+import errno
 import hashlib
 import io
 import logging
@@ -52,6 +53,18 @@ NEWEST_REVIEWS = """
       AND (e.review_no IS NULL OR e.review_no < r.review_no)
     ORDER BY r.review_no
 """
+# The other half: what the newest verdict on the newest result has already become.
+EXAMPLES = """
+    SELECT e.series_no, e.modality, e.label, e.split, e.path FROM examples e
+    JOIN reviews r ON r.review_no = e.review_no
+    JOIN results o ON o.result_no = r.result_no
+    JOIN series s ON s.series_no = e.series_no AND s.version = o.version AND s.state = 'reported'
+    WHERE e.split = ? AND r.review_no = (SELECT MAX(review_no) FROM reviews WHERE series_no = e.series_no)
+"""
+
+
+class CannotTrainError(SiteError):
+    """This round comes to nothing here, however often it is tried."""
 
 
 class TrainingStoppedError(Exception):
@@ -89,14 +102,18 @@ class Example:
 
 
 def collect(db: sqlite3.Connection, data_dir: Path, manifest: Manifest, heldout_fraction: float) -> int:
-    """Turn every new verdict into an example. Gives how many changed; a series that cannot be read is skipped."""
+    """Turn every new verdict into an example. Gives how many changed; a series that cannot be read is skipped.
+
+    Raises SiteError when an example cannot be kept; the verdicts from there on wait.
+    """
     changed = 0
     for review in db.execute(NEWEST_REVIEWS).fetchall():
         try:
-            _learn_from(db, data_dir, manifest, heldout_fraction, review)
-        except (SiteError, VolumeError) as error:
+            teaching = _read(db, data_dir, manifest, review["series_no"])
+        except (SiteError, VolumeError, OSError) as error:
             log.warning("series %d: no example can be made of it: %s", review["series_no"], error)
             continue
+        _keep(db, data_dir, teaching, review, split_of(teaching.patient, heldout_fraction))
         changed += 1
     return changed
 
@@ -107,28 +124,36 @@ def has_uncollected(db: sqlite3.Connection) -> bool:
 
 
 def examples(db: sqlite3.Connection, modalities: Sequence[str], split: str) -> list[Example]:
-    rows = db.execute(
-        "SELECT series_no, modality, label, split, path FROM examples WHERE split = ? ORDER BY series_no", (split,)
-    )
+    rows = db.execute(EXAMPLES + " ORDER BY e.series_no", (split,))
     return [Example(**dict(row)) for row in rows if row["modality"] in modalities]
+
+
+def newest_heldout(db: sqlite3.Connection, most: int) -> list[Example]:
+    """Of every modality, the last reviewed first."""
+    rows = db.execute(EXAMPLES + " ORDER BY e.review_no DESC LIMIT ?", ("heldout", most))
+    return [Example(**dict(row)) for row in rows]
 
 
 def lay_out(db: sqlite3.Connection, data_dir: Path, base: Bundle, modalities: Sequence[str], folder: Path) -> int:
     """Fill `folder` with examples.json and arrays for the child, as `base` wants its input. Gives the number to train on.
 
     Examples whose modality or label the base does not know, or whose images are gone, stay out.
+    Raises SiteError or OSError when the disk refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     listed = []
     for example in examples(db, modalities, "train") + examples(db, modalities, "heldout"):
         spec, task = base.manifest.input_for(example.modality), base.manifest.task_for(example.modality)
         if spec is None or task is None or example.label not in {label.name for label in task.labels}:
             continue
         try:
-            path = _arrays_for(db, data_dir, example, spec)
+            path, arrays = _arrays_for(db, data_dir, example, spec)
         except (SiteError, VolumeError) as error:
             log.warning("series %d: not learned from: %s", example.series_no, error)
             continue
+        if arrays is not None:
+            write_durably(data_dir / path, arrays)
+            db.execute("UPDATE examples SET path = ? WHERE series_no = ?", (path, example.series_no))
         _link(data_dir / path, folder / Path(path).name)
         name = Path(path).name
         listed.append({"path": name, "modality": example.modality, "label": example.label, "split": example.split})
@@ -139,7 +164,8 @@ def lay_out(db: sqlite3.Connection, data_dir: Path, base: Bundle, modalities: Se
 def train(plan: RoundPlan, base: Bundle, folder: Path, learning: Learning, stopped: Callable[[], bool]) -> Trained:
     """Fine-tune `base` on folder/examples.json in a child process.
 
-    Raises TrainingStoppedError when `stopped` says so; SiteError when the child fails, takes too long or writes nonsense.
+    Raises TrainingStoppedError when `stopped` says so; CannotTrainError when the child fails, takes too long or writes
+    nonsense; SiteError or OSError when the disk refuses.
     """
     out = folder / "out"
     command = [*GUARD, "nice", "-n", str(learning.nice), sys.executable, "-P", "-m", "models.training", "finetune"]
@@ -165,14 +191,18 @@ def run_child(command: Sequence[str], folder: Path, timeout_s: float, stopped: C
                 if stopped():
                     raise TrainingStoppedError
                 if time.monotonic() > deadline:
-                    raise SiteError(f"training took longer than {timeout_s:g} s", advice="raise learning.timeout_s")
+                    raise CannotTrainError(
+                        f"training took longer than {timeout_s:g} s", advice="raise learning.timeout_s"
+                    )
         finally:
             _end(child)
     if child.returncode == -9:
-        raise SiteError("training was killed, most likely for want of memory", advice="give the box more memory")
+        raise CannotTrainError("training was killed, most likely for want of memory", advice="give the box more memory")
     if child.returncode != 0:
         said = log_path.read_bytes()[-TAIL_BYTES:].decode("utf-8", "replace")
-        raise SiteError(f"training failed ({child.returncode}): {_complaint(said)}", advice=f"read {log_path}")
+        if os.strerror(errno.ENOSPC) in said:
+            raise SiteError("the disk is full", advice="free some space")
+        raise CannotTrainError(f"training failed ({child.returncode}): {_complaint(said)}", advice=f"read {log_path}")
 
 
 def read_trained(out: Path, base: Bundle) -> Trained:
@@ -181,14 +211,16 @@ def read_trained(out: Path, base: Bundle) -> Trained:
         report = msgspec.json.decode((out / "report.json").read_bytes(), type=Report)
         weights = safetensors_numpy.load_file(out / "weights.safetensors")
     except (OSError, msgspec.DecodeError, SafetensorError, ValueError) as error:
-        raise SiteError(
+        raise CannotTrainError(
             f"training left no readable result: {error}", advice="compare the software's versions"
         ) from error
     for name, before in base.weights.items():
         if name not in weights or weights[name].shape != before.shape:
-            raise SiteError(f"training left no {name} of shape {before.shape}", advice="compare the versions")
+            raise CannotTrainError(f"training left no {name} of shape {before.shape}", advice="compare the versions")
         if not np.isfinite(weights[name]).all():
-            raise SiteError(f"training diverged: {name} is not finite", advice="ask the hub for a lower learning rate")
+            raise CannotTrainError(
+                f"training diverged: {name} is not finite", advice="ask the hub for a lower learning rate"
+            )
     return Trained(weights, report)
 
 
@@ -204,33 +236,41 @@ def example_path(series_no: int, spec: InputSpec) -> str:
     return f"examples/{series_no}-{tag}.npz"
 
 
-def _learn_from(
-    db: sqlite3.Connection, data_dir: Path, manifest: Manifest, heldout_fraction: float, review: sqlite3.Row
-) -> None:
-    series_no = review["series_no"]
+@dataclass(frozen=True)
+class _Teaching:
+    """A reviewed series as an example, not yet on the disk."""
+
+    patient: str
+    modality: str
+    path: str  # relative to data_dir
+    arrays: bytes
+
+
+def _read(db: sqlite3.Connection, data_dir: Path, manifest: Manifest, series_no: int) -> _Teaching:
     paths = instances.open(db, data_dir, series_no)
     volume = decode.to_volume(paths).volume
     spec = manifest.input_for(volume.modality)
     if spec is None:
         raise SiteError(f"the bundle has no task for {volume.modality}")
-    path = _write_arrays(data_dir, series_no, volume, spec)
-    split = split_of(_patient(paths[0]), heldout_fraction)
+    return _Teaching(_patient(paths[0]), volume.modality, example_path(series_no, spec), _arrays(volume, spec))
+
+
+def _keep(db: sqlite3.Connection, data_dir: Path, teaching: _Teaching, review: sqlite3.Row, split: str) -> None:
+    write_durably(data_dir / teaching.path, teaching.arrays)
     db.execute(
         "INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(series_no) DO UPDATE"
         " SET review_no = excluded.review_no, label = excluded.label, path = excluded.path",
-        (series_no, review["review_no"], volume.modality, review["label"], split, path),
+        (review["series_no"], review["review_no"], teaching.modality, review["label"], split, teaching.path),
     )
-    log.info("series %d: example for learning", series_no)
+    log.info("series %d: example for learning", review["series_no"])
 
 
-def _arrays_for(db: sqlite3.Connection, data_dir: Path, example: Example, spec: InputSpec) -> str:
-    """Made again where the bundle wants its input otherwise, or the file is lost."""
-    if example.path == example_path(example.series_no, spec) and (data_dir / example.path).exists():
-        return example.path
-    volume = decode.to_volume(instances.open(db, data_dir, example.series_no)).volume
-    path = _write_arrays(data_dir, example.series_no, volume, spec)
-    db.execute("UPDATE examples SET path = ? WHERE series_no = ?", (path, example.series_no))
-    return path
+def _arrays_for(db: sqlite3.Connection, data_dir: Path, example: Example, spec: InputSpec) -> tuple[str, bytes | None]:
+    """Path, and the arrays where they are to be made again: the bundle wants its input otherwise, or the file is lost."""
+    path = example_path(example.series_no, spec)
+    if example.path == path and (data_dir / path).exists():
+        return path, None
+    return path, _arrays(decode.to_volume(instances.open(db, data_dir, example.series_no)).volume, spec)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -239,12 +279,10 @@ def _link(source: Path, target: Path) -> None:
     os.link(source, target)
 
 
-def _write_arrays(data_dir: Path, series_no: int, volume: Volume, spec: InputSpec) -> str:
+def _arrays(volume: Volume, spec: InputSpec) -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, slices_SHW=prepare(volume, spec).slices_SHW.astype(np.float16))
-    path = example_path(series_no, spec)
-    write_durably(data_dir / path, content.getvalue())
-    return path
+    return content.getvalue()
 
 
 def _patient(path: Path) -> str:

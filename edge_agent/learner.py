@@ -8,6 +8,7 @@ Source: ARCHITECTURE.md, "Five paths": a correction becomes knowledge.
 import logging
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event as StopEvent
@@ -17,17 +18,17 @@ from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.ledger import Outcome, Round
 from edge_agent.rounds import Event, State
-from fleet_link import chunks, pki
+from fleet_link import pki
 from fleet_link.errors import LinkError, SiteError
 from fleet_link.files import write_durably
-from fleet_link.messages import TransferOffer
-from fleet_link.part_file import file_sha256
 from models.bundle import read_bundle
 from models.errors import BundleError
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+RETRY_S = 60.0  # after the disk refused
+COLLECTING = "learning from verdicts"  # name of its alarm
 
 
 class Learner:
@@ -41,6 +42,8 @@ class Learner:
         self._clock = clock
         self._data_dir = config.box.data_dir
         self._collected_up_to = 0
+        self._collect_at = 0.0
+        self._retry_at: dict[str, float] = {}  # by round
 
     def run(self, stop: StopEvent) -> None:
         db = database.connect(self._data_dir)
@@ -62,15 +65,22 @@ class Learner:
         ):
             return
         for open_round in reversed(ledger.in_states(db, State.TRAINING)):
-            if not stop.is_set():
+            if not stop.is_set() and time.monotonic() >= self._retry_at.get(open_round.round_id, 0.0):
                 self._work_on(db, open_round, self._identity, stop)
 
     def _collect(self, db: sqlite3.Connection) -> None:
         newest = int(db.execute("SELECT COALESCE(MAX(review_no), 0) FROM reviews").fetchone()[0])
-        if newest > self._collected_up_to:
-            manifest = self._holder.current.reader.bundle.manifest
+        if newest <= self._collected_up_to or time.monotonic() < self._collect_at:
+            return
+        manifest = self._holder.current.reader.bundle.manifest
+        try:
             learn.collect(db, self._data_dir, manifest, self._config.learning.heldout_fraction)
-            self._collected_up_to = newest
+        except SiteError as error:
+            self._collect_at = time.monotonic() + RETRY_S
+            ledger.hold_up(db, COLLECTING, error, self._clock())
+            return
+        database.end_alarm(db, COLLECTING)
+        self._collected_up_to = newest
 
     def _work_on(self, db: sqlite3.Connection, of: Round, identity: pki.Identity, stop: StopEvent) -> None:
         def stopped() -> bool:
@@ -83,9 +93,13 @@ class Learner:
         except learn.TrainingStoppedError:
             log.info("round %s: training stopped", of.round_id)
             return
-        except (SiteError, LinkError, BundleError) as error:
+        except (learn.CannotTrainError, LinkError, BundleError) as error:
             log.warning("round %s: %s", of.round_id, error)
             ledger.apply(db, self._data_dir, of.round_id, Event.FAILED, self._clock(), Outcome(reason=str(error)))
+            return
+        except (SiteError, OSError) as error:  # the round stays in `training`, until its deadline
+            self._retry_at[of.round_id] = time.monotonic() + RETRY_S
+            ledger.hold_up(db, ledger.work_name(of.round_id), _of_site(error), self._clock())
             return
         ledger.apply(db, self._data_dir, of.round_id, Event.SEALED, self._clock(), outcome)
         shutil.rmtree(folder, ignore_errors=True)
@@ -101,12 +115,16 @@ class Learner:
         settings = self._config
         base_path = bundles.base_file(db, self._data_dir, of.plan.base_digest)
         if base_path is None:
-            raise SiteError("the round's base bundle is no longer on this box")
+            raise learn.CannotTrainError("the round's base bundle is no longer on this box")
         base = read_bundle(base_path)
+        if not base.manifest.is_trainable:
+            raise learn.CannotTrainError(f"the round's base {base.manifest.name} is an imported network: not trainable")
         examples = learn.lay_out(db, self._data_dir, base, settings.policy.tasks, folder)
         needed = max(settings.policy.min_examples, of.plan.min_examples)
         if examples < needed:
-            raise SiteError(f"{examples} reviewed examples can be used with the base bundle, needs {needed}")
+            raise learn.CannotTrainError(
+                f"{examples} reviewed examples can be used with the base bundle, needs {needed}"
+            )
         log.info("round %s: training on %d examples", of.round_id, examples)
         trained = learn.train(of.plan, base, folder, settings.learning, stopped)
         sealed = update.build(base.weights, trained.weights, of.plan, identity, examples)
@@ -121,10 +139,14 @@ class Learner:
         )
         path = f"updates/{of.round_id}.sealed"
         write_durably(self._data_dir / path, sealed.sealed)
-        return Outcome(examples=examples, update_path=path, update=offer_of(self._data_dir / path, of, identity.name))
+        return Outcome(
+            examples=examples,
+            update_path=path,
+            update=ledger.offer_of(self._data_dir / path, of.round_id, identity.name),
+        )
 
 
-def offer_of(path: Path, of: Round, device: str) -> TransferOffer:
-    sha256 = file_sha256(path)
-    transfer_id = chunks.transfer_id(kind="update", subject=of.round_id, sha256=sha256, sender=device)
-    return chunks.new_offer(path, kind="update", subject=of.round_id, transfer_id=transfer_id, message_id=transfer_id)
+def _of_site(error: SiteError | OSError) -> SiteError:
+    if isinstance(error, SiteError):
+        return error
+    return SiteError(f"the disk refuses: {error.strerror or error}", advice="free some space, check rights and disk")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent import rounds
+from edge_agent import database, rounds
 from edge_agent.database import transaction
 from edge_agent.rounds import Command, Event, State
-from fleet_link import messages
+from fleet_link import chunks, messages
+from fleet_link.errors import WardroundError
 from fleet_link.messages import AnyMessage, RoundAnswer, RoundPlan, TransferOffer
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class Outcome:
 def message_id(*parts: object) -> str:
     """The same fact has the same id, so that saying it twice is saying it once."""
     return hashlib.sha256("|".join(str(part) for part in parts).encode()).hexdigest()[:32]
+
+
+def work_name(round_id: str) -> str:
+    """Of a round's alarm, which ends with the state."""
+    return f"round {round_id}"
 
 
 def invite(db: sqlite3.Connection, plan: RoundPlan, now: float) -> Round:
@@ -97,6 +103,21 @@ def apply(
     return state
 
 
+def hold_up(db: sqlite3.Connection, what: str, error: WardroundError, now: float) -> None:
+    """The site's trouble, to be tried again: logged once, and an alarm named `what` until that is ended."""
+    text = f"{what} waits: {error}"
+    if text not in database.alarms(db):
+        log.error("%s; tried again (%s)", text, error.advice)
+        database.raise_alarm(db, what, text, now)
+
+
+def offer_of(path: Path, round_id: str, device: str) -> TransferOffer:
+    """Of a sealed update; the same file has the same transfer id. Raises SiteError if it cannot be read."""
+    offer = chunks.new_offer(path, kind="update", subject=round_id, transfer_id="0" * 32, message_id="0" * 32)
+    transfer_id = chunks.transfer_id(kind="update", subject=round_id, sha256=offer.sha256, sender=device)
+    return msgspec.structs.replace(offer, transfer_id=transfer_id, message_id=transfer_id)
+
+
 def enqueue(db: sqlite3.Connection, message: AnyMessage, now: float) -> None:
     """Put a durable message into the outbox; it stays until the hub's Receipt."""
     db.execute(
@@ -133,6 +154,8 @@ def _store(db: sqlite3.Connection, before: Round, state: State, outcome: Outcome
         reason=before.reason if outcome.reason is None else outcome.reason[:MAX_REASON_CHARACTERS],
         changed_at=now,
     )
+    if state is not before.state:
+        database.end_alarm(db, work_name(before.round_id))
     db.execute(
         "UPDATE rounds SET state = ?, examples = ?, update_path = ?, reason = ?, changed_at = ? WHERE round_id = ?",
         (after.state, after.examples, after.update_path, after.reason, after.changed_at, after.round_id),

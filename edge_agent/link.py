@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event as StopEvent
-from urllib.parse import urlsplit
 
 from edge_agent import database, health, invitations, ledger, releases
 from edge_agent.bundles import ActiveBundle
-from edge_agent.config import Config
+from edge_agent.config import Config, Hub
 from edge_agent.identity import Enrolled
 from edge_agent.rounds import Event
 from edge_agent.transfers import Transfers
@@ -43,18 +42,20 @@ MAX_TAKEN = 64  # messages before anything else gets its turn
 HOUSEKEEPING_S = 0.25
 RESEND_S = 5.0
 KEPT_ALARMS = 8
-ALARM_S = 3600.0
+ALARM_S = 3600.0  # distrust is told for so long
+TROUBLE_S = 60.0  # the disk's trouble, which is tried again within that time
 NEVER = float("-inf")
 CONNECTED = "hub_connected"  # counter: 1 while the broker has us
 HIGHEST_SEQUENCE = "hub_sequence"
+SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message of ours
 
 
-def open_bus(enrolled: Enrolled, hub_url: str = "") -> Bus:
-    """Not started yet. `hub_url` names the hub's host where it is no longer that of the enrolment."""
-    files = enrolled.folder
+def open_bus(enrolled: Enrolled, hub: Hub) -> Bus:
+    """Not started yet."""
+    files, address = enrolled.folder, enrolled.address_now(hub)
     config = BusConfig(
-        host=urlsplit(hub_url).hostname or enrolled.address.mqtt_host,
-        port=enrolled.address.mqtt_port,
+        host=address.mqtt_host,
+        port=address.mqtt_port,
         name=enrolled.identity.name,
         ca_path=files.ca,
         certificate_path=files.certificate,
@@ -73,7 +74,7 @@ class Link:
     def run(self, stop: StopEvent) -> None:
         """Until `stop` is set. What the hub or the site does wrong is logged and survived; our own defects are not."""
         db = database.connect(self.config.box.data_dir)
-        bus = open_bus(self.enrolled, self.config.hub.url)
+        bus = open_bus(self.enrolled, self.config.hub)
         conversation = Conversation(self, db, bus)
         bus.start()
         try:
@@ -94,10 +95,13 @@ class Conversation:
         self._device = link.enrolled.identity.name
         self._db = db
         self._bus = bus
-        self._sequence = envelope.Sequence.from_clock(link.clock())
+        reserved = database.counter(db, SENT_SEQUENCE)
+        self._sequence = envelope.Sequence(
+            link.clock, reserved, lambda highest: database.keep(db, SENT_SEQUENCE, highest)
+        )
         self._window = envelope.ReplayWindow(database.counter(db, HIGHEST_SEQUENCE))
         self._transfers = Transfers(db, self._data_dir, self._say, self._send_chunk)
-        self._alarms: dict[str, float] = {}  # text -> when it was last heard
+        self._alarms: dict[str, float] = {}  # text -> until when it is told
         self._sent_at: dict[str, float] = {}  # durable messages, by id
         self._counted: Counter[str] = Counter()  # bytes since the last look
         self._last_trouble = ""
@@ -121,7 +125,7 @@ class Conversation:
         now = self._link.clock()
         if time.monotonic() - self._housekeeping_at >= HOUSEKEEPING_S:
             self._housekeeping_at = time.monotonic()
-            self._guarded(self._keep_house, now)
+            self._keep_house(now)
         self._guarded(self._transfers.receive_due, now)
         if self._bus.connected:
             self._guarded(self._transfers.send_due)
@@ -140,14 +144,14 @@ class Conversation:
             return
         now = self._link.clock()
         opened = envelope.open(received.payload, self._link.enrolled.trust, sender=HUB, recipient=self._device, now=now)
-        self._window.accept(opened.sequence)
+        self._window.accept(opened.sequence, opened.digest)
         database.keep(self._db, HIGHEST_SEQUENCE, self._window.highest)
         self._dispatch(opened.message, now)
 
     def _dispatch(self, message: AnyMessage, now: float) -> None:
         match message:
             case RoundPlan():
-                invitations.take(self._db, self._link.config, message, now)
+                invitations.take(self._db, self._link.config, self._device, message, now)
             case RoundClosed():
                 outcome = ledger.Outcome(reason=message.reason or None)
                 ledger.apply(self._db, self._data_dir, message.round_id, Event.CLOSED_BY_HUB, now, outcome)
@@ -175,10 +179,13 @@ class Conversation:
     # --- to the hub -----------------------------------------------------------------------------------
 
     def _keep_house(self, now: float) -> None:
-        """Several times a second: the clock's events, rows of other threads, durable messages, heartbeat."""
-        invitations.judge_waiting(self._db, self._link.config, now)
-        invitations.close_expired(self._db, self._data_dir, now)
-        self._transfers.load_outgoing(now)
+        """Several times a second: the clock's events, rows of other threads, durable messages, heartbeat.
+
+        Each is guarded by itself: a bad file or row must not silence the heartbeat.
+        """
+        self._guarded(invitations.judge_waiting, self._db, self._link.config, now)
+        self._guarded(invitations.close_expired, self._db, self._data_dir, now)
+        self._guarded(self._transfers.load_outgoing, now)
         self._keep_counts()
         if self._bus.connected is not self._was_connected:
             self._was_connected = self._bus.connected
@@ -186,8 +193,8 @@ class Conversation:
             self._sent_at.clear()
             self._heartbeat_at = NEVER
         if self._was_connected:
-            self._send_durable()
-            self._send_heartbeat()
+            self._guarded(self._send_durable)
+            self._guarded(self._send_heartbeat)
 
     def _send_durable(self) -> None:
         moment = time.monotonic()
@@ -199,14 +206,15 @@ class Conversation:
     def _send_heartbeat(self) -> None:
         """On time, and at once when something that the hub acts upon has changed."""
         active = self._link.holder.current
-        tells = (active.digest, active.release_version, health.round_statuses(self._db), tuple(self._current_alarms()))
+        link = self._link
+        own, ends = self._current_alarms(), health.certificate_notices(link.enrolled, link.clock())
+        troubles = (*own, *ends, *database.alarms(self._db), *database.notices(self._db))
+        tells = (active.digest, active.release_version, health.round_statuses(self._db), troubles)
         moment = time.monotonic()
         if tells == self._told and moment - self._heartbeat_at < self._link.config.hub.heartbeat_s:
             return
         self._told, self._heartbeat_at = tells, moment
-        self._say(
-            health.heartbeat(self._db, self._link.config, active, moment - self._started_at, self._current_alarms())
-        )
+        self._say(health.heartbeat(self._db, link.config, active, moment - self._started_at, own, ends))
 
     def _say(self, message: AnyMessage) -> None:
         """Lost while the hub is away: whatever matters is said again."""
@@ -230,21 +238,25 @@ class Conversation:
     # --- what goes wrong ------------------------------------------------------------------------------
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
-        """Log and go on: the hub says everything that matters again. Distrust is also told, as an alarm."""
+        """Log and go on: the hub says everything that matters again. Distrust and this site's trouble are also alarms."""
         try:
             step(*arguments)
         except envelope.ReplayError as error:
             log.info("message dropped: %s", error)  # MQTT repeats after a reconnect
         except TrustError as error:
             log.error("refused: %s (%s)", error, error.advice)
-            self._alarms[str(error)] = self._link.clock()
-        except (LinkError, SiteError) as error:
+            self._alarms[str(error)] = time.monotonic() + ALARM_S
+        except SiteError as error:
+            if str(error) not in self._alarms:
+                log.warning("%s (%s)", error, error.advice)
+            self._alarms[str(error)] = time.monotonic() + TROUBLE_S
+        except LinkError as error:
             if str(error) != self._last_trouble:
                 log.warning("%s (%s)", error, error.advice)
             self._last_trouble = str(error)
 
     def _current_alarms(self) -> list[str]:
-        """Newest last; forgotten after an hour of quiet."""
-        since = self._link.clock() - ALARM_S
-        self._alarms = {text: at for text, at in sorted(self._alarms.items(), key=lambda alarm: alarm[1]) if at > since}
+        """The link's own: forgotten after a while of quiet."""
+        moment = time.monotonic()
+        self._alarms = {text: until for text, until in self._alarms.items() if until > moment}
         return list(self._alarms)[-KEPT_ALARMS:]

@@ -1,6 +1,6 @@
 """A study becomes a diagnosis: the box's main path from a complete series to report files in the outbox.
 
-Reads catalog rows and instance files; writes findings, report files and outbox rows.
+Reads catalog rows and instance files; writes findings, report files and outbox rows; removes old images in between.
 Never talks to a scanner, the PACS or the hub: each hand-over is a row, and every step may run twice.
 Source: ARCHITECTURE.md, "Five paths".
 """
@@ -11,13 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
-from edge_agent import catalog, database, decode, delivery, findings, instances, report
+from edge_agent import catalog, database, decode, delivery, drift, findings, instances, report
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.catalog import SeriesRow
 from edge_agent.config import Config
-from edge_agent.decode import Decoded, NotForUsError
+from edge_agent.decode import Decoded, DecodeError, NotForUsError
 from edge_agent.findings import Findings
+from edge_agent.retention import Retention
+from edge_agent.site_calibration import SiteCalibration
 from fleet_link.errors import SiteError
+from models.adaptive import Calibration, bundled
+from models.spec import TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ IDLE_S = 0.05  # between two looks at the catalog; a tenth of what a series take
 MAX_ATTEMPTS = 3
 ATTEMPT = "attempt_at_series_"  # counter, before each reading and gone after it
 RETRY_S = 5.0  # after the disk refused: the series stays due
+PROVIDER = "provider"  # name of the alarm
 
 
 class Pipeline:
@@ -35,17 +40,23 @@ class Pipeline:
         self._holder = holder
         self._clock = clock
         self._data_dir = config.box.data_dir
+        self._retention = Retention(config, clock)
+        self._site_calibration = SiteCalibration()
+        self._watched = ""  # digest of the bundle whose drift the alarms tell
+        self._told_trouble: str | None = None  # of the reader; None before anything was told
 
     def run(self, stop: Event) -> None:
         db = database.connect(self._data_dir)
-        for folder in ("maps", "reports"):
-            (self._data_dir / folder).mkdir(exist_ok=True, mode=0o700)
         self.report_unreported(db)
         while not stop.is_set():
             try:
-                idle_s = 0.0 if self.step(db) else IDLE_S
+                self._tell_trouble(db)
+                self._watch_drift(db)
+                worked = self.step(db)
+                removed = self._retention.step(db)
+                idle_s = 0.0 if worked or removed else IDLE_S
             except SiteError as error:
-                log.error("a result cannot be kept, trying again: %s (%s)", error, error.advice)
+                log.error("the disk refuses, trying again: %s (%s)", error, error.advice)
                 idle_s = RETRY_S
             stop.wait(idle_s)
         db.close()
@@ -70,12 +81,17 @@ class Pipeline:
         return True
 
     def _read(self, db: sqlite3.Connection, series: SeriesRow) -> None:
+        paths = instances.open(db, self._data_dir, series.series_no)
         try:
-            decoded = decode.to_volume(instances.open(db, self._data_dir, series.series_no))
+            decoded = decode.to_volume(paths)
             active = self._holder.current
-            found = active.reader.read(decoded.volume)
+            found = active.reader.read(decoded.volume, self._calibrate(db, active))
         except NotForUsError as error:
             catalog.mark_not_for_us(db, series.series_no, str(error))
+        except DecodeError as error:
+            unreadable = [str(path.relative_to(self._data_dir)) for path in decode.unreadable(paths)]
+            catalog.mark_failed(db, series.series_no, str(error), unreadable)
+            catalog.offer_rivals(db, self._data_dir, self._clock())
         except SiteError as error:
             catalog.mark_failed(db, series.series_no, str(error))
         except sqlite3.Error:
@@ -86,6 +102,31 @@ class Pipeline:
         else:
             result_no = keep_result(db, self._data_dir, series, found, active)
             self._report(db, result_no, series.series_no, series.version + 1, found, decoded)
+            drift.watch(db, active.reader.bundle, self._clock())
+
+    def _calibrate(self, db: sqlite3.Connection, active: Active) -> Callable[[TaskSpec], Calibration]:
+        """By what a task of the bundle in use is judged."""
+        if not self._config.inference.adapt:
+            return bundled
+        return lambda task: self._site_calibration.of(db, active.reader.bundle, task)
+
+    def _watch_drift(self, db: sqlite3.Connection) -> None:
+        """Of a bundle that just came into use; later each result does it."""
+        bundle = self._holder.current.reader.bundle
+        if bundle.digest != self._watched:
+            drift.watch(db, bundle, self._clock())
+            self._watched = bundle.digest
+
+    def _tell_trouble(self, db: sqlite3.Connection) -> None:
+        """An alarm for as long as the reader in use does not run where it should."""
+        trouble = self._holder.current.reader.trouble
+        if trouble == self._told_trouble:
+            return
+        if trouble:
+            database.raise_alarm(db, PROVIDER, trouble, self._clock())
+        else:
+            database.end_alarm(db, PROVIDER)
+        self._told_trouble = trouble
 
     def report_unreported(self, db: sqlite3.Connection) -> None:
         """At start: series whose findings are kept and whose report is not (killed between the two)."""

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from fleet_link.errors import SiteError
+from models.bundle import FP32
 from models.errors import BundleError
+from models.spec import Variant
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +45,40 @@ class GraphShapes:
     largest: int
 
 
+def runs(providers: Sequence[str], variants: Sequence[Variant]) -> tuple[str, ...]:
+    """What to try, in order: on each provider the graph made for it ("CPUExecutionProvider int8"), then fp32 (its name)."""
+    return tuple(
+        run
+        for provider in providers
+        for run in (*(f"{provider} {v.precision}" for v in variants if provider in v.providers), provider)
+    )
+
+
+def parted(run: str) -> tuple[str, str]:
+    """Provider and precision of a run."""
+    provider, _, precision = run.partition(" ")
+    return provider, precision or FP32
+
+
 def first_passing(providers: Sequence[str], attempt: Callable[[str], Session]) -> tuple[str, Session]:
     """The first provider whose `attempt` neither fails nor gives a wrong known answer.
 
-    Raises SiteError with every provider's reason if none passes.
+    Raises with every provider's reason if none passes: BundleError when the last, which runs everywhere, computes
+    wrongly, else SiteError.
     """
     reasons = []
+    bundle_is_bad = False
     for provider in providers:
         try:
             session = attempt(provider)
         except (ProviderError, BundleError) as error:
             log.info("%s is not used: %s", provider, error)
             reasons.append(f"{provider}: {error}")
+            bundle_is_bad = isinstance(error, BundleError)
         else:
             log.info("%s passes the known-answer batch", provider)
             return provider, session
-    raise SiteError(
+    raise (BundleError if bundle_is_bad else SiteError)(
         "no execution provider can run this bundle: " + "; ".join(reasons),
         advice="add CPUExecutionProvider to inference.providers; if it is there, the bundle is not fit for this software",
     )
@@ -69,12 +89,13 @@ def chain(provider: str) -> tuple[str, ...]:
     return (TENSORRT, CUDA) if provider == TENSORRT else (provider,)
 
 
-def options(provider: str, *, cache_folder: Path, shapes: GraphShapes) -> dict[str, str]:
+def options(provider: str, *, precision: str = FP32, cache_folder: Path, shapes: GraphShapes) -> dict[str, str]:
     """Provider options as ONNX Runtime takes them."""
     if provider == TENSORRT:
         return {
             "device_id": "0",
             "trt_max_workspace_size": str(_TENSORRT_WORKSPACE_BYTES),
+            "trt_fp16_enable": "1" if precision == "fp16" else "0",
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(cache_folder),
             "trt_timing_cache_enable": "1",

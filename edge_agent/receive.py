@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from logging import getLogger
 from typing import Any
 
@@ -28,7 +29,7 @@ from pynetdicom.transport import (
 )
 
 from edge_agent import catalog, instances
-from edge_agent.catalog import SeriesNo
+from edge_agent.catalog import Outcome, SeriesNo
 from edge_agent.config import ANY_AE, Config
 from edge_agent.database import connect
 from fleet_link.errors import SiteError
@@ -42,12 +43,15 @@ CALLING_AE_UNKNOWN = (1, 1, 3)
 CALLED_AE_UNKNOWN = (1, 1, 7)
 LOCAL_LIMIT_EXCEEDED = (2, 3, 2)
 
+ABORT = bytes.fromhex("07 00 00000004 00 00 00 00")  # A-ABORT by the service user, PS3.8 9.3.8
 MAX_PDU_LENGTH = 131_072  # what we announce; DCMTK sends no more either
 MAX_PDU_READ = 1 << 20  # an A-ASSOCIATE-RQ with 128 contexts may be longer than what we announce
 MAX_INSTANCE_LENGTH = 2 << 30
 MOST_CONNECTIONS = 2  # as a multiple of max_associations: some callers connect and stay silent
-POLL_S = 0.1  # how long stop() may wait for the accept loop
+POLL_S = 0.1  # how long stop() may wait for the accept loop, and between two looks at who is storing
 STOP_TIMEOUT_S = 5.0
+NEVER = float("-inf")
+IDLE_S = 0.5  # an association that brought no byte for so long is not storing
 
 # Not data sets as PS3.5 encodes them: MIME, XML, Papyrus, video over SMPTE 2110; JPIP sends a link instead of pixels.
 NOT_DATA_SETS = ("1.2.840.10008.1.2.6.", "1.2.840.10008.1.2.7.", "1.2.840.10008.1.20")
@@ -94,13 +98,19 @@ class StorageScp:
         log.info("listening as %s on %s:%d", dicom.ae_title, dicom.bind, self.port)
 
     def stop(self) -> None:
-        """Take no new associations, abort those that are open: what has no answer yet is sent again by its sender."""
+        """Take no new associations and end those that are idle; who is storing may finish within STOP_TIMEOUT_S.
+
+        What has no answer by then is sent again by its sender.
+        """
         if self._server is None or self._thread is None:
             return
-        open_associations = self._server.active_associations
         self._server.shutdown()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while self._server.is_storing and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        open_associations = self._server.active_associations
         for association in open_associations:
-            association.abort()
+            association.hang_up()
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for thread in (self._thread, *open_associations):
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -173,8 +183,27 @@ class _Association(Association):  # type: ignore[misc]
         super().__init__(server.ae, "acceptor")
         self.server = server
         self.calling_ae = ""
+        self.heard_at = NEVER  # monotonic: the last bytes
+        self._is_keeping = False
         self._db: sqlite3.Connection | None = None
         self._last_instance_at: dict[SeriesNo, float] = {}
+
+    @property
+    def is_storing(self) -> bool:
+        return self._is_keeping or (self.is_established and time.monotonic() - self.heard_at < IDLE_S)
+
+    def hang_up(self) -> None:
+        """End it from another thread: its own two see the connection closed, whatever they are at, and wind up.
+
+        pynetdicom's abort() breaks its state machine before an association is agreed, and waits 0.1 s after.
+        """
+        connection = self.dul.socket.socket
+        with suppress(OSError, AttributeError):  # closed meanwhile
+            if self.is_established:
+                connection.send(ABORT)
+            connection.shutdown(socket.SHUT_RDWR)
+        if not self.is_established:
+            self.dul.to_user_queue.put(None)  # it waits for a request, as long as association_timeout_s
 
     def run_reactor(self) -> None:
         """The association's whole life; what it brought is settled however it ends."""
@@ -185,12 +214,16 @@ class _Association(Association):  # type: ignore[misc]
 
     def store(self, event: evt.Event) -> int:
         """C-STORE: durable bytes, then the catalog, then the answer."""
+        self._is_keeping = True
         try:
             return self._keep(event.request, encode_file_meta(event.file_meta), str(event.context.transfer_syntax))
         except instances.StorageError as error:
             log.error("instance from %r refused with 0xA700: %s; %s", self.calling_ae, error, error.advice)
         except sqlite3.OperationalError as error:  # the catalog's disk: full, or locked for longer than its timeout
             log.error("instance from %r refused with 0xA700: box.db: %s", self.calling_ae, error)
+        finally:
+            self.heard_at = time.monotonic()
+            self._is_keeping = False
         return OUT_OF_RESOURCES
 
     def _keep(self, request: Any, file_meta: bytes, TransferSyntaxUID: str) -> int:
@@ -211,6 +244,8 @@ class _Association(Association):  # type: ignore[misc]
         if header.SOPInstanceUID != str(request.AffectedSOPInstanceUID):
             return self._set_aside(kept, "its SOPInstanceUID is not the announced one", CANNOT_UNDERSTAND, now)
         admission = catalog.add_instance(db, header, kept, calling_ae=self.calling_ae, now=now)
+        if admission.outcome is Outcome.AGAIN:  # retention may have deleted it since; from here on it is wanted
+            instances.keep(config.box.data_dir, (prefix, body), min_free_bytes=config.dicom.min_free_bytes)
         if admission.series_no is not None:
             self._last_instance_at[admission.series_no] = now
         return SUCCESS
@@ -272,9 +307,11 @@ class _Socket(AssociationSocket):  # type: ignore[misc]
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self.socket.settimeout(remaining_s)
         try:
-            return int(self.socket.recv_into(view))
+            count = self.socket.recv_into(view)
         except TimeoutError:
             return 0
+        self.assoc.heard_at = time.monotonic()
+        return int(count)
 
     def _refusal(self, nr_bytes: int) -> str:
         if nr_bytes > MAX_PDU_READ:
@@ -322,6 +359,10 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]
         """pynetdicom's answers, without its debug log handlers: they format every PDU."""
         for event in evt._INTERVENTION_EVENTS:
             self.bind(event, evt.get_default_handler(event))
+
+    @property
+    def is_storing(self) -> bool:
+        return any(association.is_storing for association in self.active_associations)
 
     @property
     def established(self) -> int:

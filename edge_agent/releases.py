@@ -7,6 +7,7 @@ Source: The Update Framework specification 1.0, section 5 (client workflow), thr
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tuf.api import exceptions
 from tuf.api.metadata import Metadata, Root, Targets
 from tuf.ngclient import FetcherInterface, Updater
 
-from edge_agent import bundles, database, decode, instances, ledger
+from edge_agent import bundles, database, decode, instances, learn, ledger
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.config import Config
 from edge_agent.identity import Folder
@@ -28,6 +29,7 @@ from models.errors import BundleError
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+RETRY_S = 60.0  # after this machine could not open a bundle
 MAX_HELDOUT = 200  # the newest cases; enough to see a difference of a few points
 TOLERATED_CASES = 1
 TOLERATED_POINTS = 5.0
@@ -58,6 +60,11 @@ def take_offer(db: sqlite3.Connection, folder: Folder, offer: ReleaseOffer, now:
     except TrustError as error:
         bundles.report(db, _report(offer.release_version, offer.bundle_digest, "refused", str(error)), now)
         raise
+    too_old = _too_old(db, offer.release_version)
+    if too_old:
+        log.warning("release %d: refused: %s", offer.release_version, too_old)
+        bundles.report(db, _report(offer.release_version, offer.bundle_digest, "refused", too_old), now)
+        return None
     row = db.execute("SELECT * FROM bundles WHERE bundle_digest = ?", (offer.bundle_digest,)).fetchone()
     state = row["state"] if row else ""
     if state == "refused":
@@ -136,6 +143,7 @@ class Installer:
         self._config = config
         self._holder = holder
         self._clock = clock
+        self._retry_at: dict[str, float] = {}  # by digest
 
     def run(self, stop: Event) -> None:
         db = database.connect(self._config.box.data_dir)
@@ -146,27 +154,38 @@ class Installer:
 
     def step(self, db: sqlite3.Connection, stop: Event) -> None:
         for row in db.execute("SELECT * FROM bundles WHERE state = 'fetched' ORDER BY release_version").fetchall():
+            if time.monotonic() < self._retry_at.get(row["bundle_digest"], 0.0):
+                continue
             self._install(db, row, stop)
             bundles.clear_out(db, self._config.box.data_dir)
 
     def _install(self, db: sqlite3.Connection, row: sqlite3.Row, stop: Event) -> None:
         digest, version = row["bundle_digest"], row["release_version"]
+        # 1. Not older than what came into use since it was offered.
+        too_old = _too_old(db, version)
+        if too_old:
+            self._withdraw(db, row, too_old)
+            return
         try:
-            # 1. File, digest, manifest, known answer.
+            # 2. File, digest, manifest, known answer.
             reader = bundles.open_reader(self._config, self._config.box.data_dir / row["path"])
             if reader.bundle.digest != digest:
                 raise BundleError("the file on disk has another digest")
-        except (BundleError, SiteError) as error:
+        except BundleError as error:
             self._refuse(db, row, str(error), Evaluation())
             return
-        # 2. This site's own held-out cases, before and after.
+        except SiteError as error:
+            self._retry_at[digest] = time.monotonic() + RETRY_S
+            ledger.hold_up(db, bundles.release_name(version), error, self._clock())
+            return
+        # 3. This site's own held-out cases, before and after.
         evaluation = evaluate(db, self._config.box.data_dir, self._holder.current.reader, reader, stop)
         if evaluation is None:
             return
         if evaluation.is_clearly_worse:
             self._refuse(db, row, _worse(evaluation), evaluation)
             return
-        # 3. The row first: killed here, the next start opens the new bundle.
+        # 4. The row first: killed here, the next start opens the new bundle.
         with database.transaction(db):
             bundles.activate(db, digest, version, self._clock())
             bundles.report(db, _report(version, digest, "activated", "", evaluation), self._clock())
@@ -177,28 +196,36 @@ class Installer:
         digest, version, now = row["bundle_digest"], row["release_version"], self._clock()
         with database.transaction(db):
             bundles.refuse(db, digest, reason, now)
+            database.end_alarm(db, bundles.release_name(version))
             bundles.report(db, _report(version, digest, "refused", reason, evaluation), now)
         log.error("release %d: refused: %s", version, reason)
+
+    def _withdraw(self, db: sqlite3.Connection, row: sqlite3.Row, reason: str) -> None:
+        """The row goes: what is wrong is the release's number, and a later one may bring the same bundle."""
+        digest, version, now = row["bundle_digest"], row["release_version"], self._clock()
+        with database.transaction(db):
+            db.execute("DELETE FROM bundles WHERE bundle_digest = ?", (digest,))
+            database.end_alarm(db, bundles.release_name(version))
+            bundles.report(db, _report(version, digest, "refused", reason), now)
+        (self._config.box.data_dir / row["path"]).unlink(missing_ok=True)
+        log.warning("release %d: refused: %s", version, reason)
 
 
 def evaluate(db: sqlite3.Connection, data_dir: Path, before: Reader, after: Reader, stop: Event) -> Evaluation | None:
     """Both bundles read this site's held-out series from their images. None if stopped."""
     heldout = correct_before = correct_after = 0
-    rows = db.execute(
-        "SELECT series_no, label FROM examples WHERE split = 'heldout' ORDER BY review_no DESC LIMIT ?", (MAX_HELDOUT,)
-    ).fetchall()
-    for row in rows:
+    for example in learn.newest_heldout(db, MAX_HELDOUT):
         if stop.is_set():
             return None
         try:
-            volume = decode.to_volume(instances.open(db, data_dir, row["series_no"])).volume
+            volume = decode.to_volume(instances.open(db, data_dir, example.series_no)).volume
             said_before, said_after = before.read(volume).predicted, after.read(volume).predicted
         except SiteError as error:
-            log.info("series %d: not used to judge the release: %s", row["series_no"], error)
+            log.info("series %d: not used to judge the release: %s", example.series_no, error)
             continue
         heldout += 1
-        correct_before += said_before == row["label"]
-        correct_after += said_after == row["label"]
+        correct_before += said_before == example.label
+        correct_after += said_after == example.label
     return Evaluation(heldout, correct_before, correct_after)
 
 
@@ -232,6 +259,13 @@ def _keep(db: sqlite3.Connection, offer: ReleaseOffer, state: str, now: float) -
         " SET state = excluded.state, release_version = excluded.release_version, changed_at = excluded.changed_at",
         (offer.bundle_digest, offer.release_version, bundles.path_of(offer.bundle_digest), state, now),
     )
+
+
+def _too_old(db: sqlite3.Connection, release_version: int) -> str:
+    """Why a release may not take the place of the one in use; "" if it may."""
+    row = db.execute("SELECT release_version FROM bundles WHERE state = 'active'").fetchone()
+    older = row is not None and release_version < row["release_version"]
+    return f"older than release {row['release_version']}, which is in use" if older else ""
 
 
 def _report(

@@ -161,7 +161,7 @@ def show_series(visit: Visit) -> Response:
         stack = visit.desk.images.stack(visit.db, visit.series_no)
         weights = _slices_read(visit, entry)
     except SiteError as error:
-        image_problem = f"{error} {error.advice}".strip()
+        image_problem = "" if entry.images_removed_at is not None else f"{error} {error.advice}".strip()
     return visit.page(
         "series.html",
         entry=entry,

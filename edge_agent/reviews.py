@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from edge_agent.catalog import images_removed_at
 from edge_agent.database import transaction
 from edge_agent.findings import LabelProbability
 from fleet_link.errors import SiteError
+from models.adaptive import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Stated(msgspec.Struct, frozen=True):
     bundle_name: str
     bundle_version: str
     provider: str
+    calibration: Calibration | None = None  # None: the bundle's
 
     @property
     def probability(self) -> float:
@@ -95,6 +98,11 @@ def record(
             raise OutdatedResultError(
                 f"series {series_no} has a newer result (version {newest['version']}) than the one you reviewed",
                 advice="look at the new result and give your verdict on it",
+            )
+        if images_removed_at(db, series_no) is not None:
+            raise ReviewError(
+                f"the images of series {series_no} were removed from this box, so nobody can judge them here",
+                advice="look at them in the PACS; sent again, the box reads them again",
             )
         _check(stated(newest["findings"]), verdict, label)
         last = next(iter(history(db, series_no)), None)

@@ -22,7 +22,7 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    INVITATION = "invitation"  # the hub sent the plan of a known round once more
+    INVITATION = "invitation"  # the hub sent the plan of a known round once more: it missed the answer, or was restored
     ADMITTED = "admitted"  # policy and facts allow it
     REFUSED_HERE = "refused-here"  # policy or facts forbid it
     SEALED = "sealed"  # the sealed update is on disk
@@ -66,9 +66,11 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Command, ...]]] = {
     (S.UPLOADING, E.REJECTED): (S.CLOSED, _END),
     (S.UPLOADING, E.CLOSED_BY_HUB): (S.CLOSED, _END),
     (S.UPLOADING, E.GIVEN_UP): (S.CLOSED, _END),
-    (S.DELIVERED, E.INVITATION): (S.DELIVERED, (C.SAY_YES,)),
+    (S.DELIVERED, E.INVITATION): (S.UPLOADING, (C.SAY_YES, C.OFFER_UPDATE)),
+    (S.DELIVERED, E.LOST): (S.DECLINED, (C.SAY_NO,)),
     (S.DELIVERED, E.CLOSED_BY_HUB): (S.CLOSED, _END),
     (S.DELIVERED, E.GIVEN_UP): (S.CLOSED, _END),
+    (S.CLOSED, E.INVITATION): (S.CLOSED, (C.SAY_NO,)),
 }
 
 

@@ -35,8 +35,20 @@ CREATE TABLE IF NOT EXISTS quarantine (
   size               INTEGER NOT NULL,
   reason             TEXT NOT NULL,                -- without patient data
   calling_ae         TEXT NOT NULL,
-  received_at        REAL NOT NULL
+  received_at        REAL NOT NULL,
+  SOPInstanceUID     TEXT NOT NULL DEFAULT ''      -- of a copy that may yet take the place of an unreadable one
 );
+
+CREATE TABLE IF NOT EXISTS unreadable (            -- instances whose stored copy could not be decoded
+  SOPInstanceUID     TEXT PRIMARY KEY REFERENCES instances(SOPInstanceUID)
+);
+
+CREATE TABLE IF NOT EXISTS removals (              -- series whose images were old enough to go; storage.keep_days
+  series_no          INTEGER PRIMARY KEY REFERENCES series(series_no),
+  removed_at         REAL NOT NULL,
+  done               INTEGER NOT NULL DEFAULT 0    -- 1 once the files are gone
+);
+CREATE INDEX IF NOT EXISTS removals_open ON removals(series_no) WHERE done = 0;
 
 CREATE TABLE IF NOT EXISTS results (
   result_no          INTEGER PRIMARY KEY,
@@ -108,7 +120,7 @@ CREATE TABLE IF NOT EXISTS bundles (
   release_version    INTEGER NOT NULL,
   path               TEXT NOT NULL,
   state              TEXT NOT NULL,                -- offered | fetched | active | previous | refused
-  reason             TEXT NOT NULL DEFAULT '',
+  reason             TEXT NOT NULL DEFAULT '',     -- why refused; or that it came from the hub before
   changed_at         REAL NOT NULL
 );
 
@@ -126,6 +138,13 @@ CREATE TABLE IF NOT EXISTS transfers_out (         -- large things to the hub, k
   sha256             TEXT NOT NULL,
   size               INTEGER NOT NULL,
   created_at         REAL NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS alarms (                -- what somebody must look at, until it is over
+  name               TEXT PRIMARY KEY,
+  text               TEXT NOT NULL,
+  raised_at          REAL NOT NULL,
+  is_notice          INTEGER NOT NULL DEFAULT 0    -- to be known; the box is fit for a new release all the same
 );
 
 CREATE TABLE IF NOT EXISTS counters (              -- bytes_sent, bytes_received, highest hub sequence, ...

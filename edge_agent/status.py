@@ -5,15 +5,18 @@ Never shows patient data: our own series numbers, counts and reasons only.
 """
 
 import fcntl
+import math
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent import database, health, identity
+from edge_agent import database, health, identity, task_status
 from edge_agent.config import Config
+from edge_agent.task_status import TaskStatus
 from fleet_link.errors import SiteError
 
 LOCK = "run.lock"
@@ -26,16 +29,20 @@ class Status:
 
     running: bool
     device: str  # "" before enrolment
+    certificate_days_left: int | None  # below 0 it has expired; None before enrolment
     hub_connected: bool
     bundle: dict[str, Any]
     series: dict[str, int]  # number by state
     counts: dict[str, int]
+    tasks: list[TaskStatus]
     quarantine: list[dict[str, Any]]
     failed: list[dict[str, Any]]
     pacs: list[dict[str, Any]]  # results that the PACS has not taken yet
     rounds: list[dict[str, Any]]
     refused_bundles: list[dict[str, Any]]
     disk_free_bytes: int
+    alarms: list[str]
+    notices: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,21 +77,27 @@ def gather(config: Config) -> Status:
     db = database.connect(data_dir)
     try:
         running = is_running(data_dir)
+        free = health.free_bytes(data_dir)
+        enrolled = identity.load(data_dir) if identity.is_enrolled(data_dir) else None
         return Status(
             running=running,
-            device=identity.load(data_dir).address.device if identity.is_enrolled(data_dir) else "",
+            device=enrolled.address.device if enrolled else "",
+            certificate_days_left=math.floor(enrolled.days_left(time.time())) if enrolled else None,
             hub_connected=running and bool(database.counter(db, "hub_connected")),
             bundle=next(iter(_rows(db, "SELECT * FROM bundles WHERE state = 'active'")), {}),
             series={
                 row["state"]: row["n"] for row in _rows(db, "SELECT state, count(*) AS n FROM series GROUP BY state")
             },
             counts=asdict(health.count(db)),
+            tasks=task_status.gather(db, config),
             quarantine=_newest(db, "quarantine", "quarantine_no, size, reason, calling_ae, received_at, path"),
             failed=_newest(db, "series", "series_no, Modality, state, reason", "state IN ('failed', 'not-for-us')"),
             pacs=_newest(db, "outbox", "item_no, kind, state, attempts, last_error", "state <> 'delivered'"),
             rounds=_newest(db, "rounds", "round_id, state, examples, reason, changed_at"),
             refused_bundles=_newest(db, "bundles", "bundle_digest, release_version, reason", "state = 'refused'"),
-            disk_free_bytes=health.free_bytes(data_dir),
+            disk_free_bytes=free,
+            alarms=health.alarms(db, config, free),
+            notices=database.notices(db) + (health.certificate_notices(enrolled, time.time()) if enrolled else []),
         )
     finally:
         db.close()

@@ -6,7 +6,6 @@ Source: ARCHITECTURE.md, "The link": chunks with a digest, resumed from what the
 """
 
 import logging
-import os
 import shutil
 import sqlite3
 import time
@@ -17,7 +16,7 @@ from edge_agent import bundles, ledger, releases
 from edge_agent.rounds import Event
 from fleet_link import chunks
 from fleet_link.errors import SiteError, TrustError
-from fleet_link.files import sync_folder
+from fleet_link.files import move_durably
 from fleet_link.messages import AnyMessage, TransferOffer, TransferProgress, TransferReceipt
 from fleet_link.part_file import sweep
 from models.bundle import MAX_FILE_BYTES
@@ -25,6 +24,7 @@ from models.bundle import MAX_FILE_BYTES
 log = logging.getLogger(__name__)
 
 INCOMING = "incoming"
+RETRY_S = 30.0  # after the disk refused a bundle that had come
 STALE_S = 7 * 24 * 3600.0  # half-received bundles that nobody has continued since then go
 
 
@@ -45,6 +45,7 @@ class Transfers:
         self._send_chunk = send_chunk
         self._outgoing: dict[str, chunks.Outgoing] = {}
         self._incoming: dict[str, chunks.Incoming] = {}
+        self._not_before: dict[str, float] = {}  # by transfer that the disk refused
         self._spool = data_dir / INCOMING
 
     def repair(self, now: float) -> None:
@@ -60,12 +61,18 @@ class Transfers:
     # --- out ------------------------------------------------------------------------------------------
 
     def load_outgoing(self, now: float) -> None:
-        """Follow the rows: a new one starts a transfer, a row that is gone ends it."""
+        """Follow the rows: a new one starts a transfer, a row that is gone ends it. Raises SiteError if a file cannot be read."""
         rows = {row["transfer_id"]: row for row in self._db.execute("SELECT * FROM transfers_out")}
         for transfer_id in self._outgoing.keys() - rows.keys():
             self._outgoing.pop(transfer_id).close()
+        trouble = None
         for transfer_id in rows.keys() - self._outgoing.keys():
-            self._start_outgoing(rows[transfer_id], now)
+            try:
+                self._start_outgoing(rows[transfer_id], now)
+            except SiteError as error:  # the others start all the same
+                trouble = error
+        if trouble is not None:
+            raise trouble
 
     def _start_outgoing(self, row: sqlite3.Row, now: float) -> None:
         path = self._data_dir / row["path"]
@@ -110,7 +117,11 @@ class Transfers:
 
     def on_offer(self, offer: TransferOffer) -> None:
         """Take, resume or refuse; a refusal says why."""
-        if offer.transfer_id in self._incoming:
+        incoming = self._incoming.get(offer.transfer_id)
+        if incoming is not None:
+            incoming.on_offer()
+            return
+        if time.monotonic() < self._not_before.get(offer.transfer_id, 0.0):
             return
         state, reason = self._judge(offer)
         if state == "done" or reason:
@@ -128,7 +139,11 @@ class Transfers:
         incoming.on_chunk(frame)
 
     def receive_due(self, now: float) -> None:
-        """Progress to the hub; whole files into their place. Raises TrustError on a wrong digest; that is then reported."""
+        """Progress to the hub; whole files into their place.
+
+        Raises TrustError on a wrong digest, which is then reported; SiteError while the disk refuses: the hub's next
+        offer after RETRY_S goes on with what has come.
+        """
         for transfer_id, incoming in list(self._incoming.items()):
             if incoming.complete:
                 del self._incoming[transfer_id]
@@ -144,15 +159,15 @@ class Transfers:
         offer = incoming.offer
         try:
             whole = incoming.finish()
+            move_durably(whole, self._data_dir / bundles.path_of(offer.subject))
+        except SiteError:
+            self._not_before[offer.transfer_id] = time.monotonic() + RETRY_S
+            raise
         except TrustError as error:
             incoming.drop()
             releases.came_damaged(self._db, offer.subject, str(error), now)
             self._answer(offer, str(error))
             raise
-        target = self._data_dir / bundles.path_of(offer.subject)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(whole, target)
-        sync_folder(target.parent)
         releases.arrived(self._db, offer.subject, now)
         log.info("bundle %s: received", offer.subject[:12])
         self._answer(offer, "")

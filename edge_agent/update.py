@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.learn import CannotTrainError
 from fleet_link import pki, sealing
-from fleet_link.errors import SiteError
 from fleet_link.messages import RoundPlan
 from models import delta
 from models.errors import DeltaError
@@ -30,14 +30,14 @@ class Update:
 def build(before: Weights, after: Weights, plan: RoundPlan, identity: pki.Identity, examples: int) -> Update:
     """The delta is the same for the same weights and plan; only its sealing is fresh each time.
 
-    Raises SiteError when the trained weights do not fit the base or are not finite.
+    Raises CannotTrainError when the trained weights do not fit the base or are not finite.
     """
     try:
         names = delta.trainable_names(before, plan.trainable)
         change, norm = delta.clip(delta.subtract(after, before, names), plan.clip_norm)
         payload = delta.encode(change, rounding_seed(plan, identity.name))
     except DeltaError as error:
-        raise SiteError(f"the trained weights cannot be sent: {error}", advice=error.advice) from error
+        raise CannotTrainError(f"the trained weights cannot be sent: {error}", advice=error.advice) from error
     return Update(sealing.seal_update(payload, identity=identity, plan=plan, examples=examples), norm)
 
 

@@ -1,6 +1,6 @@
 """What the review page lists: series with their newest result, verdict and delivery.
 
-Reads the catalog's tables and, for names on the screen, the header of one image per series.
+Reads the catalog's tables and, for names on the screen, the header of one image per series, or of its report.
 Never decodes pixels and never writes.
 Source: patient and study attributes PS3.3 C.7.1.1, C.7.2.1, C.7.3.1.
 """
@@ -37,13 +37,16 @@ _FROM = """
   LEFT JOIN reviews v ON v.review_no =
     (SELECT review_no FROM reviews WHERE series_no = s.series_no AND result_no = r.result_no
       ORDER BY review_no DESC LIMIT 1)
+  LEFT JOIN removals x ON x.series_no = s.series_no
 """
 _COLUMNS = """
   SELECT s.series_no, s.Modality, s.state, s.reason, s.instance_count, s.last_instance_at,
     r.result_no, r.version, r.findings, r.maps_path, r.release_version, r.read_at,
     r.last_instance_at AS read_to,
     v.review_no, v.verdict, v.label, v.reviewer, v.reviewed_at,
-    (SELECT path FROM instances i WHERE i.series_no = s.series_no ORDER BY SOPInstanceUID LIMIT 1) AS path
+    x.removed_at, CASE WHEN x.series_no IS NULL
+      THEN (SELECT path FROM instances i WHERE i.series_no = s.series_no ORDER BY SOPInstanceUID LIMIT 1)
+      ELSE (SELECT path FROM outbox o WHERE o.result_no = r.result_no AND o.kind = 'SR') END AS path
 """
 _KEYWORDS = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex",
@@ -96,6 +99,7 @@ class Entry:
     reason: str
     instance_count: int
     last_instance_at: float
+    images_removed_at: float | None  # None while the images are here
     patient: Patient
     result: Result | None  # the newest
     review: Review | None  # the newest verdict on that result
@@ -163,6 +167,7 @@ def _entry(db: sqlite3.Connection, row: sqlite3.Row, headers: Headers) -> Entry:
         reason=row["reason"],
         instance_count=row["instance_count"],
         last_instance_at=row["last_instance_at"],
+        images_removed_at=row["removed_at"],
         patient=headers.patient(row["path"]),
         result=result,
         review=review,

@@ -6,7 +6,7 @@ Source: ARCHITECTURE.md, "The link"; ECDSA P-256 with SHA-256 (FIPS 186-5).
 """
 
 import hashlib
-import itertools
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -18,13 +18,14 @@ from msgspec import Meta
 from fleet_link import messages
 from fleet_link.errors import TrustError
 from fleet_link.messages import AnyMessage, Name
-from fleet_link.pki import MAX_CERTIFICATE_BYTES, Identity, Trust
+from fleet_link.pki import MAX_CERTIFICATE_BYTES, Identity, Trust, parse_certificate, serial_hex
 
 VERSION = 1
 DOMAIN = b"wardround envelope v1\x00"
 MAX_CLOCK_DIFFERENCE_S = 15 * 60
 MAX_ENVELOPE_BYTES = messages.MAX_MESSAGE_BYTES + MAX_CERTIFICATE_BYTES + 1024
-WINDOW = 64  # how far behind the highest sequence a late message may arrive
+WINDOW = 64  # so many messages of a sender are told apart; one that is older than all of them is too old
+RESERVED_AHEAD = 60_000_000  # sequences, a minute's: how often `reserve` writes to the disk
 
 
 class Statement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,10 +48,16 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Opened(NamedTuple):
     message: AnyMessage
     sequence: int
+    digest: bytes  # of the signed statement: the same message again has the same one
+    serial: str  # of the sender's certificate, in hex: the hub asks its registry whether it still counts
 
 
 class ReplayError(TrustError):
-    """A sequence seen before, or too old to tell. Harmless when MQTT repeats after a reconnect: drop it, log it."""
+    """A sequence seen before with other content, or too old to tell."""
+
+
+class RepeatError(ReplayError):
+    """The very message that was taken before: MQTT repeats after a reconnect. Drop it, log it."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -80,7 +87,7 @@ def seal(identity: Identity, recipient: str, message: AnyMessage, *, sequence: i
 
 
 def open(payload: bytes, trust: Trust, *, sender: str, recipient: str, now: float) -> Opened:
-    """Give the message that `sender` signed for `recipient`, and its sequence for the caller's ReplayWindow.
+    """Give the message that `sender` signed for `recipient`, with sequence and digest for the caller's ReplayWindow.
 
     Raises TrustError on anything malformed, forged, misdirected or more than 15 minutes off;
     LinkError if an authentic body is no message this software knows.
@@ -101,48 +108,57 @@ def open(payload: bytes, trust: Trust, *, sender: str, recipient: str, now: floa
     # 4. Said by whom, to whom, when.
     _check_statement(statement, sender, recipient, now)
     # 5. Only now the message itself.
-    return Opened(messages.decode(statement.body), statement.sequence)
+    digest = hashlib.sha256(envelope.statement).digest()
+    serial = serial_hex(parse_certificate(envelope.certificate))
+    return Opened(messages.decode(statement.body), statement.sequence, digest, serial)
 
 
 class ReplayWindow:
-    """Which sequences of one sender were seen: a bit for each of the last 64.
+    """Which messages of one sender were taken: the last 64 by their sequence, whatever the gaps between them.
 
     After a restart pass the highest one kept on disk: everything up to it then counts as seen.
     """
 
     def __init__(self, highest: int = 0) -> None:
         self.highest = highest
-        self._seen = (1 << WINDOW) - 1  # bit i: sequence highest - i
+        self._floor = highest  # this one and all below: seen, or too old to tell
+        self._digests: dict[int, bytes] = {}  # above the floor, by sequence
 
-    def accept(self, sequence: int) -> None:
-        """Raises ReplayError if the sequence was seen or is older than the window."""
-        ahead = sequence - self.highest
-        if ahead > 0:
-            # Numbers between the old highest and this one are unseen; a jump wider than the window forgets the rest.
-            shifted = self._seen << ahead if ahead < WINDOW else 0
-            self._seen = (shifted | 1) & ((1 << WINDOW) - 1)
-            self.highest = sequence
-            return
-        if -ahead >= WINDOW or self._seen >> -ahead & 1:
+    def accept(self, sequence: int, digest: bytes) -> None:
+        """Raises RepeatError for the same message again, ReplayError if its sequence was seen or is too old to tell."""
+        if self._digests.get(sequence) == digest:
+            raise RepeatError(f"message {sequence} came again", advice="normal after a reconnect")
+        if sequence <= self._floor or sequence in self._digests:
             raise ReplayError(
                 f"sequence {sequence} was seen before (highest {self.highest})",
-                advice="once after a reconnect is normal; again and again: someone replays, or two machines share an identity",
+                advice="once after a restart is normal; again and again: someone replays, or two machines share an identity",
             )
-        self._seen |= 1 << -ahead
+        self._digests[sequence] = digest
+        self.highest = max(self.highest, sequence)
+        if len(self._digests) > WINDOW:
+            self._floor = min(self._digests)
+            del self._digests[self._floor]
 
 
 class Sequence:
-    """Rising numbers for one sender. Starting from the clock in µs, a restart continues above what was sent before."""
+    """Rising numbers for one sender: the clock in µs, or one more than the last where the clock stands or goes back.
 
-    def __init__(self, start: int) -> None:
-        self._numbers = itertools.count(max(1, start))
+    `reserve` keeps a number on disk before any up to it is given; `reserved` is the one that the last run kept. So a
+    clock that is corrected while we run, or set back before a restart, never leads below what was sent.
+    """
 
-    @classmethod
-    def from_clock(cls, now: float) -> "Sequence":
-        return cls(int(now * 1_000_000))
+    def __init__(self, clock: Callable[[], float], reserved: int, reserve: Callable[[int], None]) -> None:
+        self._clock = clock
+        self._last = self._reserved = reserved
+        self._reserve = reserve
 
     def next(self) -> int:
-        return next(self._numbers)
+        number = max(self._last + 1, int(self._clock() * 1_000_000))
+        if number > self._reserved:
+            self._reserve(number + RESERVED_AHEAD)
+            self._reserved = number + RESERVED_AHEAD
+        self._last = number
+        return number
 
 
 def _signed_bytes(statement: bytes, certificate: bytes) -> bytes:

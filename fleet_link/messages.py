@@ -57,7 +57,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     outbox_pending: Count
     disk_free_bytes: Annotated[int, Meta(ge=0)]
     rounds: Annotated[tuple[RoundStatus, ...], Meta(max_length=16)] = ()
-    alarms: Annotated[tuple[Text, ...], Meta(max_length=16)] = ()
+    alarms: Annotated[tuple[Text, ...], Meta(max_length=16)] = ()  # while there is one, no new release is offered
+    notices: Annotated[tuple[Text, ...], Meta(max_length=16)] = ()  # somebody should know; new releases may come
 
 
 # --- rounds ---------------------------------------------------------------------------------------

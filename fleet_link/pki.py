@@ -125,6 +125,11 @@ def common_name(subject: x509.Name) -> str:
     return names[0].value
 
 
+def serial_hex(certificate: x509.Certificate) -> str:
+    """As the hub's registry keeps it."""
+    return f"{certificate.serial_number:x}"
+
+
 def fingerprint(certificate_der: bytes) -> str:
     """SHA-256 of the DER bytes, as lower-case hex."""
     return hashlib.sha256(certificate_der).hexdigest()

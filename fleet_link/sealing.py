@@ -28,7 +28,7 @@ from msgspec import Meta
 
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.messages import Count, Name, RoundPlan
-from fleet_link.pki import MAX_CERTIFICATE_BYTES, Identity, Trust, write_secret
+from fleet_link.pki import MAX_CERTIFICATE_BYTES, Identity, Trust, parse_certificate, serial_hex, write_secret
 
 VERSION = 1
 DOMAIN = b"wardround update v1\x00"
@@ -68,6 +68,7 @@ class OpenedUpdate(NamedTuple):
     sender: str
     examples: int
     payload: bytes
+    serial: str  # of the sender's certificate, in hex: the hub asks its registry whether it still counts
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -120,7 +121,8 @@ def open_update(
             f"update from {sender} does not open with this hub's sealing key",
             advice="the hub's sealing key changed after the round was planned: start the round again",
         ) from error
-    return OpenedUpdate(sender, statement.examples, payload)
+    serial = serial_hex(parse_certificate(sealed.certificate))
+    return OpenedUpdate(sender, statement.examples, payload, serial)
 
 
 def plan_digest(plan: RoundPlan) -> bytes:

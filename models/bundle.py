@@ -11,7 +11,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +35,8 @@ WEIGHTS = "weights.safetensors"
 KNOWN_ANSWER = "known_answer.safetensors"
 CARD = "MODEL_CARD.md"
 MEMBERS = (MANIFEST, GRAPH, WEIGHTS, KNOWN_ANSWER, CARD)  # in this order
+VARIANTS = ("model_int8.onnx", "model_fp16.onnx")  # after them, where the bundle has them
+FP32 = "fp32"  # model.onnx itself
 
 INPUT_NAMES = ("slices_BSHW", "slice_mask_BS", "modality_B")
 OUTPUT_NAMES = ("logits_BK", "map_BSKhw", "slice_weights_BS", "ood_B")
@@ -58,6 +60,7 @@ class BundleParts:
     known_inputs: Mapping[str, Array]
     known_outputs: Mapping[str, Array]
     card: str
+    variants: Mapping[str, bytes] = field(default_factory=dict)  # graph by precision, one for each of the manifest's
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,13 @@ class Bundle:
     digest: str
     manifest: Manifest
     onnx: bytes
+    variants: Mapping[str, bytes]
     card: str
     weights_bytes: bytes
     known_answer_bytes: bytes
+
+    def graph(self, precision: str) -> bytes:
+        return self.onnx if precision == FP32 else self.variants[precision]
 
     @cached_property
     def weights(self) -> dict[str, NDArray[np.float32]]:
@@ -88,23 +95,26 @@ def read_bundle(path: Path) -> Bundle:
 
     Raises BundleError when (1) it is not a file of sane size, (2) it is not byte for byte what `write_bundle` makes of its
     members, (3) the manifest is not valid, (4) a member's digest differs, (5) tasks and inputs contradict each other,
-    (6) weights or known answers are unreadable or not finite.
+    (6) a variant has no entry in the manifest or was made from another graph, or an entry has no variant, (7) weights or
+    known answers are unreadable or not finite.
     """
     content = _content(path)  # 1
     members = _members(content)  # 2
     manifest = _manifest(members[MANIFEST])  # 3
     _check_digests(manifest, members)  # 4
     _check_tasks(manifest)  # 5
+    _check_variants(manifest)  # 6
     bundle = Bundle(
         path=path,
         digest=hashlib.sha256(content).hexdigest(),
         manifest=manifest,
         onnx=members[GRAPH],
+        variants={variant.precision: members[variant.member] for variant in manifest.variants},
         card=members[CARD].decode(errors="replace"),
         weights_bytes=members[WEIGHTS],
         known_answer_bytes=members[KNOWN_ANSWER],
     )
-    _check_arrays(bundle)  # 6
+    _check_arrays(bundle)  # 7
     return bundle
 
 
@@ -120,29 +130,44 @@ def write_bundle(path: Path, parts: BundleParts) -> str:
             )
         ),
         CARD: parts.card.encode(),
+        **{f"model_{precision}.onnx": graph for precision, graph in parts.variants.items()},
     }
     digests = {name: hashlib.sha256(member).hexdigest() for name, member in members.items()}
     manifest = msgspec.structs.replace(parts.manifest, members=digests)
     _check_tasks(manifest)
+    _check_variants(manifest)
     members[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     content = _zip(members)
     _write_durably(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
-def check_known_answer(session_run: SessionRun, bundle: Bundle) -> None:
+def check_known_answer(session_run: SessionRun, bundle: Bundle, precision: str = FP32) -> None:
     """Run the known-answer batch through a session; raise BundleError if any output is not what the exporter got."""
+    variant = bundle.manifest.variant_for(precision)
+    check_answer(session_run, bundle, KNOWN_ANSWER_TOLERANCE if variant is None else variant.tolerance)
+
+
+def check_answer(session_run: SessionRun, bundle: Bundle, tolerance: float) -> float:
+    """The largest difference of any output, relative to its largest value where that is above 1.
+
+    Raises BundleError where it is above tolerance or an output is missing, of another shape or NaN.
+    """
     outputs = session_run(bundle.known_inputs)
+    worst = 0.0
     for name, expected in bundle.known_outputs.items():
         got = outputs.get(name)
         if got is None or got.shape != expected.shape:
             raise BundleError(f"the known-answer batch gives no {name} of shape {expected.shape}", advice=_REFUSED)
-        worst = float(np.max(np.abs(got.astype(np.float64) - expected.astype(np.float64)), initial=0.0))
-        if not worst <= KNOWN_ANSWER_TOLERANCE * max(1.0, float(np.max(np.abs(expected), initial=0.0))):
+        difference = float(np.max(np.abs(got.astype(np.float64) - expected.astype(np.float64)), initial=0.0))
+        relative = difference / max(1.0, float(np.max(np.abs(expected), initial=0.0)))
+        if not relative <= tolerance:
             raise BundleError(
-                f"the known-answer batch is wrong: {name} differs by {worst:.3g}",
+                f"the known-answer batch is wrong: {name} differs by {difference:.3g}",
                 advice="the provider computes wrongly or the graph is not that of this bundle; another provider is tried",
             )
+        worst = max(worst, relative)
+    return worst
 
 
 def file_digest(path: Path) -> str:
@@ -166,8 +191,11 @@ def _members(content: bytes) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-            if tuple(entry.filename for entry in entries) != MEMBERS:
-                raise BundleError(f"a bundle holds exactly {', '.join(MEMBERS)}", advice=_REFUSED)
+            names = [entry.filename for entry in entries]
+            if names != [*MEMBERS, *(name for name in VARIANTS if name in names)]:
+                raise BundleError(
+                    f"a bundle holds exactly {', '.join(MEMBERS)}, then maybe {', '.join(VARIANTS)}", advice=_REFUSED
+                )
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(content) for entry in entries):
                 raise BundleError("a bundle's members are stored, not compressed", advice=_REFUSED)
             members = {entry.filename: archive.read(entry) for entry in entries}
@@ -188,11 +216,20 @@ def _manifest(text: bytes) -> Manifest:
 
 
 def _check_digests(manifest: Manifest, members: Mapping[str, bytes]) -> None:
-    if set(manifest.members) != set(MEMBERS) - {MANIFEST}:
+    if set(manifest.members) != set(members) - {MANIFEST}:
         raise BundleError("the manifest does not list exactly the bundle's members", advice=_REFUSED)
     for name, digest in manifest.members.items():
         if hashlib.sha256(members[name]).hexdigest() != digest:
             raise BundleError(f"{name} does not have the digest its manifest gives", advice=_REFUSED)
+
+
+def _check_variants(manifest: Manifest) -> None:
+    entries = [variant.member for variant in manifest.variants]
+    if sorted(entries) != sorted(set(manifest.members) - set(MEMBERS)):
+        raise BundleError("the manifest does not describe exactly the bundle's variants", advice=_REFUSED)
+    for variant in manifest.variants:
+        if variant.made_from != manifest.members[GRAPH]:
+            raise BundleError(f"{variant.member} was made from another graph than this bundle's", advice=_REFUSED)
 
 
 def _check_tasks(manifest: Manifest) -> None:
@@ -221,6 +258,8 @@ def _check_arrays(bundle: Bundle) -> None:
     for name, array in (weights | inputs | outputs).items():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise BundleError(f"{name} holds NaN or infinite values", advice=_REFUSED)
+    if bool(weights) != bundle.manifest.is_trainable:
+        raise BundleError("an imported bundle has no weights of its own, every other bundle has some", advice=_REFUSED)
     if any(array.dtype != np.float32 for array in weights.values()):
         raise BundleError("weights are float32", advice=_REFUSED)
     labels = sum(len(task.labels) for task in bundle.manifest.tasks)
@@ -245,7 +284,7 @@ def _contiguous(arrays: Mapping[str, Array]) -> Arrays:
 def _zip(members: Mapping[str, bytes]) -> bytes:
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for name in MEMBERS:
+        for name in (name for name in (*MEMBERS, *VARIANTS) if name in members):
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.create_system = 3
             entry.external_attr = 0o644 << 16

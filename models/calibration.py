@@ -27,7 +27,7 @@ def fit_temperature(logits_NK: NDArray[np.floating], truth_N: NDArray[np.integer
 
 
 def negative_log_likelihood(probabilities_NK: F64, truth_N: NDArray[np.integer]) -> float:
-    return float(-np.log(np.clip(_of_truth(probabilities_NK, truth_N), 1e-12, 1.0)).mean())
+    return float(-np.log(np.clip(of_truth(probabilities_NK, truth_N), 1e-12, 1.0)).mean())
 
 
 def conformal_threshold(probabilities_NK: F64, truth_N: NDArray[np.integer], alpha: float = ALPHA) -> float:
@@ -35,7 +35,12 @@ def conformal_threshold(probabilities_NK: F64, truth_N: NDArray[np.integer], alp
 
     0 (every label in every set) where there are too few cases for the promise.
     """
-    order_N = np.sort(_of_truth(probabilities_NK, truth_N))
+    return threshold_of(of_truth(probabilities_NK, truth_N), alpha)
+
+
+def threshold_of(scores_N: NDArray[np.floating], alpha: float) -> float:
+    """The same, from the probabilities that the true labels were given."""
+    order_N = np.sort(scores_N)
     left_out = int(np.floor((len(order_N) + 1) * alpha))  # how many of the lowest may fall outside
     return min(float(order_N[left_out - 1]), MAX_THRESHOLD) if left_out >= 1 else 0.0
 
@@ -62,5 +67,5 @@ def balanced_accuracy(probabilities_NK: F64, truth_N: NDArray[np.integer]) -> fl
     return float(np.mean([right_N[truth_N == k].mean() for k in np.unique(truth_N)]))
 
 
-def _of_truth(probabilities_NK: F64, truth_N: NDArray[np.integer]) -> F64:
+def of_truth(probabilities_NK: F64, truth_N: NDArray[np.integer]) -> F64:
     return np.asarray(probabilities_NK[np.arange(len(truth_N)), truth_N])

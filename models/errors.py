@@ -23,3 +23,11 @@ class BundleError(ModelError):
 
 class DeltaError(ModelError):
     """A weight delta with a wrong name, shape, type or value."""
+
+
+class CaseError(ModelError):
+    """A reviewed case or a reading that no statistic can be computed from."""
+
+
+class SpecError(ModelError):
+    """A network from elsewhere that cannot be imported, or what is said of it that is not so."""

@@ -38,19 +38,30 @@ PARITY = 1e-4  # largest difference, relative to the output's largest value wher
 def export(
     base: Bundle, weights: Mapping[str, NDArray[np.float32]], name: str, version: str, out: Path
 ) -> dict[str, object]:
-    """Write the bundle of these weights; labels, preprocessing and calibration are the base's. Raises BundleError."""
+    """Write the bundle of these weights; labels, preprocessing and calibration are the base's.
+
+    The base's int8 and fp16 graphs are dropped: they hold its weights. `python -m models.quantise` makes new ones.
+    Raises BundleError.
+    """
     check_weights(base, weights)
     network = network_of(base)
     load_weights(network, dict(weights))
     onnx = to_onnx(network)
     known_inputs = base.known_inputs
     difference = parity(network, onnx, [known_inputs, other_batch(known_inputs)])
-    manifest = msgspec.structs.replace(base.manifest, name=name, version=version)
+    manifest = msgspec.structs.replace(base.manifest, name=name, version=version, variants=())
     parts = BundleParts(
         manifest, onnx, weights, known_inputs, run_torch(network, known_inputs), _card(base, name, version)
     )
     digest = write_bundle(out, parts)
-    return {"digest": digest, "bytes": out.stat().st_size, "parity": difference, "opset": OPSET, "base": base.digest}
+    return {
+        "digest": digest,
+        "bytes": out.stat().st_size,
+        "parity": difference,
+        "opset": OPSET,
+        "base": base.digest,
+        "variants_dropped": sorted(base.variants),
+    }
 
 
 def check_weights(base: Bundle, weights: Mapping[str, NDArray[np.float32]]) -> None:
@@ -70,7 +81,7 @@ def to_onnx(network: Hybrid) -> bytes:
     size = network.position.shape[-1] * 16
     slices_BSHW = torch.zeros(2, 3, size, size)
     batch, slices = torch.export.Dim("B", min=1, max=1024), torch.export.Dim("S", min=1, max=1024)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             network.eval(),
@@ -130,7 +141,7 @@ def _card(base: Bundle, name: str, version: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter reports its progress on stdout, which carries our JSON."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with (

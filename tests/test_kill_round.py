@@ -31,11 +31,11 @@ SETTINGS: dict[str, object] = {
 CASES = [
     (
         Point("after", "edge_agent.invitations:take"),  # plan on disk, nothing answered
-        Point("after", "cloud_hub.coordinator:Coordinator.answered"),  # answer stored, no receipt
+        Point("after", "cloud_hub.intake:Intake.answered"),  # answer stored, no receipt
     ),
     (
         Point("before", "edge_agent.learn:train"),
-        Point("before", "cloud_hub.coordinator:Coordinator.take_update"),  # whole file there, not opened
+        Point("before", "cloud_hub.intake:Intake.take_update"),  # whole file there, not opened
     ),
     (
         Point("after", "edge_agent.learn:train"),  # trained, nothing kept
@@ -43,7 +43,7 @@ CASES = [
     ),
     (
         Point("after", "edge_agent.update:build"),  # sealed in memory
-        Point("after", "cloud_hub.coordinator:Coordinator.take_update"),  # counted, no receipt
+        Point("after", "cloud_hub.intake:Intake.take_update"),  # counted, no receipt
     ),
     (
         Point("before", "edge_agent.transfers:Transfers.on_progress"),  # offered, nothing sent

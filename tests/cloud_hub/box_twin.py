@@ -42,12 +42,14 @@ class BoxTwin:
         self.alarms: tuple[str, ...] = ()
         self.round_state: dict[str, str] = {}
         self.heard: list[AnyMessage] = []
+        self.sequences: list[int] = []
+        self.hub_serials: list[str] = []
         self.bundles: list[Path] = []
         self._trust = trust
         self._folder = folder
         self._incoming: dict[str, chunks.Incoming] = {}
         self._outgoing: dict[str, chunks.Outgoing] = {}
-        self._sequence = envelope.Sequence.from_clock(time.time())
+        self._sequence = envelope.Sequence(time.time, 0, lambda highest: None)
         self._up = Topic(Direction.UP, self.name, Channel.MESSAGE)
         self.bus = Bus(files, [device_subscription(self.name)])
         self.bus.start()
@@ -121,6 +123,8 @@ class BoxTwin:
                 continue
             opened = envelope.open(received.payload, self._trust, sender=HUB, recipient=self.name, now=time.time())
             self.heard.append(opened.message)
+            self.sequences.append(opened.sequence)
+            self.hub_serials.append(opened.serial)
             self._react(opened.message)
         self._move(time.time())
 

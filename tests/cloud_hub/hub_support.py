@@ -28,6 +28,7 @@ from cloud_hub.ca import Authority
 from cloud_hub.config import Config
 from cloud_hub.context import Context
 from cloud_hub.database import Certificate, Database, Refusal
+from cloud_hub.strangers import Strangers
 from fleet_link import messages, sealing
 from fleet_link.messages import Heartbeat, RoundPlan
 
@@ -143,6 +144,7 @@ class HttpsHub:
             config=self.config,
             database=files.database,
             authority=files.authority,
+            strangers=Strangers(files.database, clock=lambda: self.now, seconds=lambda: self.now),
             admin_token=ADMIN_TOKEN,
             reload_broker=self._reload,
             broker_running=lambda: True,
@@ -232,6 +234,18 @@ class Peer:
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
+
+
+def served_serial(port: int, ca_path: Path) -> int:
+    """Of the certificate that a TLS port on this machine shows now."""
+    trust = ssl.create_default_context(cafile=str(ca_path))
+    with (
+        socket.create_connection(("127.0.0.1", port)) as plain,
+        trust.wrap_socket(plain, server_hostname="localhost") as tls,
+    ):
+        shown = tls.getpeercert(binary_form=True)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown).serial_number
 
 
 def await_true(condition: object, within_s: float = 10.0) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cloud_hub import coordinator, releases
+from cloud_hub import invitations, releases
 from cloud_hub.collection import Vault
-from cloud_hub.coordinator import Coordinator, plan_of
+from cloud_hub.coordinator import Coordinator
 from cloud_hub.database import Release, Round, RoundDevice
+from cloud_hub.intake import Intake
+from cloud_hub.ledger import plan_of
 from cloud_hub.releases import Repository
 from fleet_link import chunks, sealing
 from fleet_link.messages import RoundAnswer, RoundPlan, TransferOffer
@@ -86,6 +88,7 @@ class RoundHub:
     boxes: dict[str, Box] = field(default_factory=dict)
     export_command: tuple[str, ...] = TWIN_EXPORT
     now: float = field(default_factory=time.time)
+    round_id: str = ""  # of the round started last
 
     def __post_init__(self) -> None:
         paths = self.files.config.paths
@@ -99,8 +102,9 @@ class RoundHub:
         """As after kill -9: nothing but the disk is left."""
         config = self.files.config
         vault = Vault(sealing.load_sealing_key(config.paths.sealing_key), self.trust, config.rounds.examples_cap)
+        self.intake = Intake(config, self.files.database, self.repository, vault)
         self.coordinator = Coordinator(
-            config, self.files.database, self.repository, vault, export_command=self.export_command
+            config, self.files.database, self.repository, self.intake, export_command=self.export_command
         )
         self.coordinator.start(self.now)
 
@@ -117,47 +121,43 @@ class RoundHub:
             "now": self.now, **changes,
         }  # fmt: skip
         with self.files.database.writing() as session:
-            round_id = coordinator.start_round(session, self.files.config, **wish)  # type: ignore[arg-type]
-        return self.plan(round_id)
+            self.round_id = invitations.start_round(session, self.files.config, **wish)  # type: ignore[arg-type]
+        return plan_of(self.round())
 
-    def plan(self, round_id: str) -> RoundPlan:
-        with self.files.database.reading() as session:
-            return plan_of(session.get_one(Round, round_id))
-
-    def join(self, *names: str, round_id: str = "r0001", joins: bool = True, reason: str = "") -> None:
+    def join(self, *names: str, joins: bool = True, reason: str = "") -> None:
         for name in names:
-            answer = RoundAnswer(message_id="0" * 32, round_id=round_id, joins=joins, examples=20, reason=reason)
-            accepted, why = self.coordinator.answered(name, answer, self.now)
+            answer = RoundAnswer(message_id="0" * 32, round_id=self.round_id, joins=joins, examples=20, reason=reason)
+            accepted, why = self.intake.answered(name, answer, self.now)
             assert accepted, why
 
-    def offer(self, name: str, blob: bytes, round_id: str = "r0001") -> tuple[TransferOffer, Path]:
+    def offer(self, name: str, blob: bytes) -> tuple[TransferOffer, Path]:
         """The update as the transfer leaves it on the hub's disk."""
         path = self.files.config.paths.rounds / f"{name}.whole"
         path.write_bytes(blob)
         return chunks.new_offer(
-            path, kind="update", subject=round_id, transfer_id="1" * 32, message_id="2" * 32
+            path, kind="update", subject=self.round_id, transfer_id="1" * 32, message_id="2" * 32
         ), path  # fmt: skip
 
-    def deliver(self, name: str, blob: bytes, round_id: str = "r0001") -> str:
+    def deliver(self, name: str, blob: bytes) -> str:
         """Gives the reason of a refusal, "" when counted."""
-        offer, path = self.offer(name, blob, round_id)
-        return self.coordinator.take_update(name, offer, path, self.now)
+        offer, path = self.offer(name, blob)
+        return self.intake.take_update(name, offer, path, self.now)
 
-    def tick_until(self, state: str, round_id: str = "r0001") -> Round:
+    def tick_until(self, state: str) -> Round:
         until = time.monotonic() + 60.0
-        while self.round(round_id).state != state:
-            assert time.monotonic() < until, f"still {self.round(round_id).state}: {self.round(round_id).reason}"
+        while self.round().state != state:
+            assert time.monotonic() < until, f"still {self.round().state}: {self.round().reason}"
             self.coordinator.tick(self.now)
             time.sleep(0.01)
-        return self.round(round_id)
+        return self.round()
 
-    def round(self, round_id: str = "r0001") -> Round:
+    def round(self) -> Round:
         with self.files.database.reading() as session:
-            return session.get_one(Round, round_id)
+            return session.get_one(Round, self.round_id)
 
-    def member(self, name: str, round_id: str = "r0001") -> RoundDevice:
+    def member(self, name: str) -> RoundDevice:
         with self.files.database.reading() as session:
-            return session.get_one(RoundDevice, (round_id, name))
+            return session.get_one(RoundDevice, (self.round_id, name))
 
     def release(self, version: int) -> Release | None:
         with self.files.database.reading() as session:

@@ -1,15 +1,21 @@
 """The API over real TLS: what operators may do, and what each wrong request is told."""
 
+import shutil
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from cloud_hub import database
+from cloud_hub.releases import SUFFIX
 from fleet_link import tokens
-from tests.cloud_hub.hub_support import HttpsHub, make_hub_files, seed_fleet
+from models.bundle import SHIPPED
+from tests.cloud_hub.hub_support import ADMIN_TOKEN, HttpsHub, make_hub_files, seed_fleet
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +96,44 @@ def test_an_expired_certificate_shows_on_a_silent_device(hub: HttpsHub, tmp_path
     assert _get(hub, "/devices/box-a")["state"] == "expired"
 
 
+def test_a_certificate_that_ends_soon_is_an_alarm_on_api_and_page(hub: HttpsHub, tmp_path: Path) -> None:
+    hub.now = int(hub.now) - 3600.0
+    for device, days in (("box-a", 31), ("box-b", 29), ("box-c", 29)):
+        hub.files.add_device(device)
+        hub.files.device_files(tmp_path, device, days=days)
+    assert _post(hub, "/devices/box-c/revoke").status_code == 201
+    rows = {row["device"]: row for row in _get(hub, "/devices")["devices"]}
+    assert rows["box-a"]["certificate_ends_at"] > hub.now + 30 * 86400
+    assert [len(rows[device]["alarms"]) for device in ("box-a", "box-b", "box-c")] == [0, 1, 0]
+    assert "certificate ends in 29 days" in rows["box-b"]["alarms"][0]
+    with hub.client(follow_redirects=True) as browser:
+        page = browser.post("/login", data={"token": ADMIN_TOKEN, "next": "/devices/box-b"}).text
+    assert "certificate ends in 29 days" in page
+    assert "Certificate ends" in page
+
+
+def test_a_flood_of_wrong_tokens_writes_a_few_rows(hub: HttpsHub) -> None:
+    with hub.client() as client:
+        for _ in range(30):
+            assert client.get("/api/v1/devices").status_code == 401
+            assert client.post("/login", data={"token": "wrong"}).status_code == 401
+    hub.context.strangers.tell()
+    with hub.files.database.reading() as session:
+        counts = {row.what: row.count for row in session.query(database.Refusal)}
+    assert counts == {"api": 10, "login": 10, "strangers": 40}
+
+
+def test_a_body_that_breaks_off_is_no_defect_of_ours(hub: HttpsHub, caplog: pytest.LogCaptureFixture) -> None:
+    trust = ssl.create_default_context(cafile=str(hub.config.paths.ca_certificate))
+    with caplog.at_level("ERROR"):
+        for _ in range(3):
+            plain = socket.create_connection(("127.0.0.1", hub.config.https.port))
+            with trust.wrap_socket(plain, server_hostname="localhost") as stranger:
+                stranger.sendall(b"POST /api/v1/sites HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
+        hub.close()  # waits for what is under way
+    assert caplog.records == []
+
+
 def test_a_round_shows_each_device_with_state_reason_and_bytes(seeded: HttpsHub) -> None:
     row = _get(seeded, "/rounds/round-3")
     assert row["device_states"] == {"delivered": 1, "joined": 1, "declined": 1}
@@ -109,6 +153,10 @@ def test_a_round_is_started_with_what_is_given_over_the_hubs_defaults(seeded: Ht
     assert (busy.status_code, busy.json()["error"]) == (409, "round round-3 is on (uploading)")
     with seeded.files.database.writing() as session:
         session.get_one(database.Round, "round-3").state = "dropped"
+        bases = session.scalars(select(database.Release.bundle_digest)).all()
+    seeded.files.config.paths.releases.mkdir(exist_ok=True)
+    for digest in bases:
+        shutil.copy(SHIPPED, seeded.files.config.paths.releases / f"{digest}{SUFFIX}")
     assert _post(seeded, "/rounds", {}).status_code == 409  # masked, unless the danger is spelled out
     unknown = _post(seeded, "/rounds", wish | {"devices": ["box-n1", "nobody"]})
     assert (unknown.status_code, "nobody" in unknown.json()["error"]) in ((404, True), (409, True))
@@ -117,7 +165,7 @@ def test_a_round_is_started_with_what_is_given_over_the_hubs_defaults(seeded: Ht
     row = started.json()
     assert (row["epochs"], row["min_examples"], row["state"]) == (3, seeded.config.rounds.min_examples, "invited")
     assert [member["device"] for member in row["members"]] == ["box-n1", "box-s1"]
-    assert _get(seeded, f"/rounds/{row['round_id']}")["base_digest"] == "b" * 64
+    assert _get(seeded, f"/rounds/{row['round_id']}")["base_digest"] == "a" * 64  # release 2 is with its canaries only
 
 
 def test_accuracy_is_summed_over_boxes_and_sites(seeded: HttpsHub) -> None:

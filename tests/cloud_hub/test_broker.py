@@ -10,12 +10,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+import psutil
 import pytest
+from cryptography import x509
 
 from cloud_hub import broker, registry
 from cloud_hub.broker import Broker
+from fleet_link import pki
 from fleet_link.errors import SiteError
-from tests.cloud_hub.hub_support import HubFiles, Peer, await_true, make_hub_files, needs_mosquitto
+from tests.cloud_hub.hub_support import (
+    HubFiles,
+    Peer,
+    await_true,
+    make_hub_files,
+    needs_mosquitto,
+    pem,
+    served_serial,
+)
 
 pytestmark = [needs_mosquitto, pytest.mark.slow]
 
@@ -26,9 +38,11 @@ NO_SUBSCRIBERS = 16
 class Running:
     """A broker with two enrolled devices."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **broker_settings: int) -> None:
         self.folder = folder
         self.hub: HubFiles = make_hub_files(folder / "hub")
+        broker_section = msgspec.structs.replace(self.hub.config.broker, **broker_settings)
+        self.hub.config = msgspec.structs.replace(self.hub.config, broker=broker_section)
         self.hub.add_device("box-a")
         self.hub.add_device("box-b")
         self.refused: list[str] = []
@@ -88,6 +102,9 @@ def test_a_device_may_use_its_own_topics_only(running: Running) -> None:
     assert box.publish("wr1/up/box-b/msg") == NOT_AUTHORISED
     assert box.publish("wr1/down/box-a/msg") == NOT_AUTHORISED
     assert box.publish("other/topic") == NOT_AUTHORISED
+    for topic in ("wr1/up/box-a", "wr1/up/box-a/other", "wr1/up/box-a/msg/more"):
+        assert box.publish(topic) == NOT_AUTHORISED
+    assert box.publish("wr1/up/box-a/chunk") == NO_SUBSCRIBERS
     assert box.publish("wr1/up/box-a/msg") == NO_SUBSCRIBERS
     hub = running.hub_peer()
     box.subscribe("wr1/#")
@@ -95,6 +112,73 @@ def test_a_device_may_use_its_own_topics_only(running: Running) -> None:
     assert hub.publish("wr1/down/box-a/msg", b"for a") in (0, NO_SUBSCRIBERS)
     await_true(lambda: box.received != [])
     assert box.received == [("wr1/down/box-a/msg", b"for a")]
+
+
+def test_the_hub_may_use_the_fleets_topics_only(running: Running) -> None:
+    hub, box = running.hub_peer(), running.device("box-a")
+    for topic in ("wr1/down/box-a/other", "wr1/up/box-a/msg", "other/topic"):
+        assert hub.publish(topic) == NOT_AUTHORISED
+    hub.subscribe("#")
+    assert box.publish("wr1/up/box-a/msg", b"1") == 0
+    assert box.publish("wr1/up/box-a/chunk", b"2") == 0
+    await_true(lambda: [payload for _, payload in hub.received] == [b"1", b"2"])
+
+
+def test_a_retained_message_ends_the_connection_and_stays_nowhere(running: Running) -> None:
+    box = running.device("box-a")
+    box.client.publish("wr1/up/box-a/msg", b"for ever", qos=1, retain=True)
+    await_true(lambda: box.disconnects > 0)
+    hub = running.hub_peer()
+    hub.subscribe("wr1/up/+/+")
+    assert running.device("box-b").publish("wr1/up/box-b/msg", b"now") == 0
+    await_true(lambda: hub.received != [])
+    assert hub.received == [("wr1/up/box-b/msg", b"now")]
+
+
+def test_the_broker_takes_no_more_memory_than_configured(tmp_path: Path) -> None:
+    """Messages for a hub that hangs: the box that fills the broker loses its connection, and all goes on after that."""
+    running = Running(tmp_path, memory_bytes_max=64 * 1024**2)
+    try:
+        hub, box = running.hub_peer(), running.device("box-a")
+        hub.subscribe("wr1/up/+/+")
+        hub.client.loop_stop()  # from here on it reads nothing
+        process = psutil.Process(int((running.hub.config.paths.broker / "mosquitto.pid").read_text()))
+        for _ in range(1000):  # 125 MB
+            if box.disconnects:
+                break
+            with contextlib.suppress(RuntimeError):  # it has just lost its connection
+                box.client.publish("wr1/up/box-a/chunk", b"x" * 125_000, qos=1).wait_for_publish(10.0)
+        assert box.disconnects > 0
+        assert process.memory_info().rss < 120 * 1024**2
+        box.client.disconnect()
+        hub.client.socket().close()
+        await_true(lambda: running.device("box-b").publish("wr1/up/box-b/msg") == NO_SUBSCRIBERS)
+    finally:
+        running.close()
+
+
+def test_the_list_is_written_anew_when_it_is_a_day_old_or_from_the_future(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def number() -> int:
+        return x509.load_pem_x509_crl(running.hub.config.paths.crl.read_bytes()).extensions[0].value.crl_number
+
+    now, written = time.time(), number()
+    for clock, is_anew in ((now + 86_000, False), (now + 87_000, True), (now + 87_500, False), (now - 7200, True)):
+        monkeypatch.setattr("cloud_hub.broker.time.time", lambda clock=clock: clock)
+        running.broker.watch()
+        assert (number() != written) is is_anew, clock - now
+        written = number()
+
+
+def test_a_renewed_server_certificate_is_served_after_a_reload(running: Running) -> None:
+    paths, hub = running.hub.config.paths, running.hub
+    key = pki.load_private_key(paths.server_key)
+    renewed = hub.authority.issue_server(key.public_key(), ["localhost"], days=30, now=time.time())
+    assert served_serial(hub.config.broker.port, paths.ca_certificate) != renewed.serial_number
+    paths.server_certificate.write_bytes(pem(renewed))
+    running.broker.reload()
+    await_true(lambda: served_serial(hub.config.broker.port, paths.ca_certificate) == renewed.serial_number)
 
 
 def test_no_device_can_take_anothers_client_id(running: Running) -> None:

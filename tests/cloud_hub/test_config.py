@@ -47,6 +47,10 @@ def test_data_dir_is_relative_to_the_file(tmp_path: Path) -> None:
         ("[hub]\nlog_level = 'LOUD'", ["hub.log_level = 'LOUD'"]),
         ("[https]\nhost = 'a b'", ["https.host = 'a b'"]),
         ("[https]\nhost = 'a\\nb'", ["https.host"]),
+        ('[https]\nhost = "hub.example\\n"', ["https.host"]),
+        ('[broker]\nbind = "127.0.0.1\\n"', ["broker.bind"]),
+        ("[broker]\nmemory_bytes_max = 1000", ["broker.memory_bytes_max = 1000", ">= 67108864"]),
+        ("[rounds]\nupdate_per_base_max = 0.0", ["rounds.update_per_base_max = 0.0"]),
         ("[broker", ["not TOML"]),
     ],
 )

@@ -9,13 +9,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from sqlalchemy import delete
 
-from cloud_hub import registry
-from cloud_hub.database import Refusal
+from cloud_hub import ledger, registry
+from cloud_hub.collection import Collection
+from cloud_hub.database import Refusal, Release, Round, RoundDevice
 from cloud_hub.rollout import Stage
+from cloud_hub.update import Update
 from fleet_link import sealing
 from fleet_link.errors import SiteError
-from fleet_link.messages import RoundAnswer
+from fleet_link.messages import RoundAnswer, RoundPlan
 from models import delta
 from tests.cloud_hub.round_support import (
     RoundHub,
@@ -53,7 +56,11 @@ def test_round_from_invitation_to_release(hub: RoundHub) -> None:
     row = hub.tick_until("released")
     release = hub.release(2)
     assert release is not None
-    assert (release.bundle_digest, release.round_id, release.state) == (row.candidate_digest, "r0001", Stage.CANARY)
+    assert (release.bundle_digest, release.round_id, release.state) == (
+        row.candidate_digest,
+        hub.round_id,
+        Stage.CANARY,
+    )
     change = change_of(hub, release.bundle_digest)
     for name in change:
         expected = (10 * 0.02 + 30 * 0.06) / 40 if name.startswith("head.") else 0.0
@@ -92,7 +99,7 @@ def test_round_that_cannot_end_well_is_not_started(hub: RoundHub, changes: dict[
 
 def test_one_round_at_a_time(hub: RoundHub) -> None:
     hub.start()
-    with pytest.raises(SiteError, match=r"round r0001 is on \(invited\)"):
+    with pytest.raises(SiteError, match=rf"round {hub.round_id} is on \(invited\)"):
         hub.start()
 
 
@@ -104,17 +111,93 @@ def test_revoked_and_unenrolled_devices_are_not_invited(hub: RoundHub) -> None:
         hub.start(min_devices=3)
 
 
-def test_halted_release_is_no_base(hub: RoundHub) -> None:
+def test_base_is_the_newest_release_for_everyone_however_long_another_is_on_trial(hub: RoundHub) -> None:
+    first = hub.start()
+    hub.join("a", "b", "c")
+    for name in "abc":
+        hub.deliver(name, hub.boxes[name].seal(first, 0.01))
+    made = hub.tick_until("released").candidate_digest
+    bases = []
+    for stage in (Stage.CANARY, Stage.HALTED, Stage.EVERYONE):
+        with hub.files.database.writing() as session:
+            session.get_one(Release, 2).state = stage
+        bases.append(hub.start().base_digest)
+        with hub.files.database.writing() as session:
+            ledger.drop(session, hub.round_id, "", hub.now)
+    assert bases == [first.base_digest, first.base_digest, made]
+
+
+def test_round_has_another_name_after_the_hub_lost_the_first(hub: RoundHub) -> None:
+    first = hub.start()
+    with hub.files.database.writing() as session:
+        session.execute(delete(RoundDevice))
+        session.execute(delete(Round))  # as restored from a backup made before
+    second = hub.start()
+    assert re.fullmatch(r"r0001-[0-9a-f]{8}", first.round_id)
+    assert second.round_id[:5] == "r0001"
+    assert second.round_id != first.round_id
+
+
+# --- drop -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["invited", "uploading", "summed", "evaluated"])
+def test_operator_drops_a_round_that_is_on_and_another_may_start(hub: RoundHub, state: str) -> None:
+    plan = hub.start()
+    hub.coordinator.tick(hub.now)
+    if state != "invited":
+        hub.join("a", "b", "c")
+        for name in "a" if state == "uploading" else "abc":
+            hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
+    hub.tick_until(state)
+    with hub.files.database.writing() as session:
+        ledger.drop(session, plan.round_id, "wrong rate", hub.now)
+    assert hub.coordinator.tick(hub.now) is True  # boxes are to hear of it
+    assert (hub.round().state, hub.round().reason) == ("dropped", "dropped by the operator: wrong rate")
+    assert list(hub.files.config.paths.rounds.iterdir()) == []
+    assert hub.release(2) is None
+    assert hub.start().round_id != plan.round_id
+
+
+def test_round_dropped_at_the_moment_of_its_publication_makes_no_release(hub: RoundHub) -> None:
     plan = hub.start()
     hub.join("a", "b", "c")
     for name in "abc":
         hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
-    hub.tick_until("released")
+    hub.tick_until("evaluated")
     with hub.files.database.writing() as session:
-        release = hub.release(2)
-        assert release is not None
-        session.merge(release).state = Stage.HALTED
-    assert hub.start().base_digest == plan.base_digest
+        ledger.drop(session, plan.round_id, "", hub.now)
+    hub.coordinator._publish(plan.round_id, hub.now)  # decided before the operator's word
+    assert hub.release(2) is None
+    assert len(list(hub.repository.listed())) == 1
+
+
+def test_finished_or_unknown_round_is_not_dropped(hub: RoundHub) -> None:
+    plan = hub.start(min_devices=3)
+    hub.join("a", joins=False)
+    with hub.files.database.writing() as session:
+        with pytest.raises(SiteError, match="is over") as refused:
+            ledger.drop(session, plan.round_id, "", hub.now)
+        with pytest.raises(registry.NotFoundError):
+            ledger.drop(session, "r0042", "", hub.now)
+    assert refused.value.advice
+
+
+def test_update_that_is_being_counted_when_its_round_is_dropped_is_told_so(
+    hub: RoundHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = hub.start()
+    hub.join("a", "b", "c")
+    add = Collection.add
+
+    def dropped_at_this_moment(collected: Collection, device: str, update: Update) -> None:
+        add(collected, device, update)
+        with hub.files.database.writing() as session:
+            ledger.drop(session, plan.round_id, "", hub.now)
+
+    monkeypatch.setattr(Collection, "add", dropped_at_this_moment)
+    assert hub.deliver("a", hub.boxes["a"].seal(plan, 0.01)) == f"round {plan.round_id} is over"
+    assert hub.member("a").counted_at is None
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -122,12 +205,12 @@ def test_halted_release_is_no_base(hub: RoundHub) -> None:
 
 def test_answers_that_are_refused(hub: RoundHub) -> None:
     hub.start(devices=["a", "b"])
-    yes = RoundAnswer(message_id="0" * 32, round_id="r0001", joins=True, examples=9)
-    assert hub.coordinator.answered("c", yes, hub.now) == (False, "c is not invited to a round r0001")
+    yes = RoundAnswer(message_id="0" * 32, round_id=hub.round_id, joins=True, examples=9)
+    assert hub.intake.answered("c", yes, hub.now) == (False, f"c is not invited to a round {hub.round_id}")
     stranger = msgspec.structs.replace(yes, round_id="r0009")
-    assert hub.coordinator.answered("a", stranger, hub.now) == (False, "a is not invited to a round r0009")
+    assert hub.intake.answered("a", stranger, hub.now) == (False, "a is not invited to a round r0009")
     hub.join("a", joins=False)
-    assert hub.coordinator.answered("b", yes, hub.now) == (False, "round r0001 is over")
+    assert hub.intake.answered("b", yes, hub.now) == (False, f"round {hub.round_id} is over")
 
 
 def test_same_answer_twice_is_accepted_twice(hub: RoundHub) -> None:
@@ -141,20 +224,71 @@ def test_device_revoked_in_a_round_is_waited_for_no_longer(hub: RoundHub) -> Non
     hub.join("a", "b", "c")
     with hub.files.database.writing() as session:
         registry.revoke(session, "c", now=hub.now)
+    hub.coordinator.tick(hub.now)
+    assert (hub.member("c").state, hub.member("c").reason) == ("refused", "the device is revoked")
     for name in "ab":
         hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
-    assert hub.round().state == "uploading"
-    hub.coordinator.tick(hub.now)
     assert hub.round().state == "summed"
-    assert hub.member("c").reason == "the device is revoked"
+    assert refusals(hub) == [("c", "update", f"{hub.round_id}: the device is revoked")]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_update_of_a_device_that_is_revoked_before_the_sum_is_closed_is_not_in_it(
+    hub: RoundHub, restarts: bool
+) -> None:
+    plan = hub.start()
+    hub.join("a", "b", "c")
+    hub.deliver("a", hub.boxes["a"].seal(plan, 0.09))
+    hub.deliver("b", hub.boxes["b"].seal(plan, 0.01))
+    with hub.files.database.writing() as session:
+        registry.revoke(session, "a", now=hub.now)
+    if restarts:
+        hub.restart()
+    assert hub.deliver("c", hub.boxes["c"].seal(plan, 0.03)) == ""  # the last one: it closes the sum
+    assert (hub.member("a").state, hub.member("a").counted_at) == ("refused", None)
+    row = hub.tick_until("released")
+    assert np.allclose(change_of(hub, str(row.candidate_digest))[sorted(shapes(plan))[0]], 0.02, atol=1e-6)
+
+
+def test_deadline_does_not_close_the_sum_over_a_revoked_device(hub: RoundHub) -> None:
+    plan = hub.start(deadline_s=100.0)
+    hub.join("a", "b", "c")
+    for name in "ab":
+        hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
+    with hub.files.database.writing() as session:
+        registry.revoke(session, "a", now=hub.now)
+    hub.now += 101.0
+    hub.coordinator.tick(hub.now)
+    assert hub.round().reason == "1 of 3 invited devices delivered at the deadline; 2 are needed"
+
+
+def test_device_revoked_while_its_update_is_counted_does_not_count(
+    hub: RoundHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = hub.start()
+    hub.join("a", "b", "c")
+    add = Collection.add
+
+    def revoked_at_this_moment(collected: Collection, device: str, update: Update) -> None:
+        add(collected, device, update)
+        with hub.files.database.writing() as session:
+            registry.revoke(session, "a", now=hub.now)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Collection, "add", revoked_at_this_moment)
+        assert hub.deliver("a", hub.boxes["a"].seal(plan, 0.09)) == "the device is revoked"
+    for name in "bc":
+        hub.deliver(name, hub.boxes[name].seal(plan, 0.02))
+    row = hub.tick_until("released")
+    assert np.allclose(change_of(hub, str(row.candidate_digest))[sorted(shapes(plan))[0]], 0.02, atol=1e-6)
 
 
 # --- poisoned updates -----------------------------------------------------------------------------
 
 
-def poisons(hub: RoundHub) -> dict[str, tuple[bytes, str]]:
+def poisons(hub: RoundHub, plan: RoundPlan) -> dict[str, tuple[bytes, str]]:
     """What box b might send instead of an update, and why it is refused."""
-    plan, b = hub.plan("r0001"), hub.boxes["b"]
+    b = hub.boxes["b"]
     good = {name: np.full(shape, 0.01, np.float32) for name, shape in shapes(plan).items()}
     first = sorted(good)[0]
     sound = b.seal(plan, 0.01)
@@ -212,7 +346,7 @@ KINDS = [
 def test_poisoned_update_is_refused_and_the_others_are_counted(hub: RoundHub, kind: str) -> None:
     plan = hub.start()
     hub.join("a", "b", "c")
-    all_poisons = poisons(hub)
+    all_poisons = poisons(hub, plan)
     assert list(all_poisons) == KINDS
     blob, reason = all_poisons[kind]
     assert hub.deliver("a", hub.boxes["a"].seal(plan, 0.01)) == ""
@@ -229,8 +363,8 @@ def test_large_update_is_refused_before_it_travels(hub: RoundHub) -> None:
     plan = hub.start()
     hub.join("a")
     offer, _ = hub.offer("a", hub.boxes["a"].seal(plan, 0.01))
-    huge = msgspec.structs.replace(offer, size=hub.files.config.rounds.update_bytes_max + 1)
-    action, reason = hub.coordinator.judge_update("a", huge)
+    huge = msgspec.structs.replace(offer, size=hub.intake.update_bytes_max(hub.round_id) + 1)
+    action, reason = hub.intake.judge_update("a", huge)
     assert (action, "at most" in reason) == ("refuse", True)
 
 
@@ -259,12 +393,12 @@ def test_examples_beyond_the_cap_weigh_nothing(hub: RoundHub) -> None:
 def test_uninvited_declined_and_late_updates_are_refused(hub: RoundHub) -> None:
     plan = hub.start(devices=["a", "b"])
     blob = hub.boxes["c"].seal(plan, 0.01)
-    assert hub.deliver("c", blob) == "c is not invited to a round r0001"
-    assert hub.coordinator.judge_update("a", hub.offer("a", blob)[0])[0] == "wait"  # its answer is on its way
+    assert hub.deliver("c", blob) == f"c is not invited to a round {hub.round_id}"
+    assert hub.intake.judge_update("a", hub.offer("a", blob)[0])[0] == "wait"  # its answer is on its way
     hub.join("a", joins=False, reason="no time")
     assert hub.deliver("a", blob) == "no time"
     assert hub.round().state == "dropped"
-    assert hub.deliver("b", blob) == "round r0001 is over"
+    assert hub.deliver("b", blob) == f"round {hub.round_id} is over"
 
 
 # --- export ---------------------------------------------------------------------------------------
@@ -337,8 +471,8 @@ def test_killed_after_the_metadata_and_before_the_row(hub: RoundHub, monkeypatch
     for name in "abc":
         hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
     row = hub.tick_until("evaluated")
-    candidate = hub.files.config.paths.rounds / "r0001" / "candidate.bundle"
-    hub.repository.publish(candidate, round_id="r0001", now=hub.now)
+    candidate = hub.files.config.paths.rounds / hub.round_id / "candidate.bundle"
+    hub.repository.publish(candidate, round_id=hub.round_id, now=hub.now)
     assert hub.release(2) is None
     hub.restart()  # the row follows the files
     release = hub.release(2)
@@ -352,7 +486,7 @@ def test_killed_between_file_and_row_the_update_is_not_counted_before_it_comes_a
     plan = hub.start()
     hub.join("a", "b", "c")
     blob = hub.boxes["a"].seal(plan, 0.01)
-    folder = hub.files.config.paths.rounds / "r0001" / "updates"
+    folder = hub.files.config.paths.rounds / hub.round_id / "updates"
     folder.mkdir(parents=True)
     (folder / "a.sealed").write_bytes(blob)
     hub.restart()
@@ -366,11 +500,27 @@ def test_counted_update_lost_from_disk_drops_the_round_with_its_reason(hub: Roun
     plan = hub.start()
     hub.join("a", "b", "c")
     hub.deliver("a", hub.boxes["a"].seal(plan, 0.01))
-    (hub.files.config.paths.rounds / "r0001" / "updates" / "a.sealed").write_bytes(b"rotten")
+    (hub.files.config.paths.rounds / hub.round_id / "updates" / "a.sealed").write_bytes(b"rotten")
     hub.restart()
-    assert hub.deliver("b", hub.boxes["b"].seal(plan, 0.01)) == "round r0001 is over"
+    assert hub.deliver("b", hub.boxes["b"].seal(plan, 0.01)) == f"round {hub.round_id} is over"
     assert "the counted update of a cannot be read again" in hub.round().reason
     assert hub.member("b").state == "joined"  # not its fault
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_base_lost_from_disk_drops_the_round_with_its_reason(hub: RoundHub, summed: bool) -> None:
+    plan = hub.start()
+    hub.join("a", "b", "c")
+    names = "abc" if summed else ""
+    for name in names:
+        hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
+    hub.restart()
+    (hub.files.config.paths.releases / f"{plan.base_digest}.bundle").unlink()
+    if summed:
+        hub.coordinator.tick(hub.now)
+    else:
+        assert hub.deliver("a", hub.boxes["a"].seal(plan, 0.01)) == f"round {plan.round_id} is over"
+    assert (hub.round().state, hub.round().reason[:18]) == ("dropped", "the round's base: ")
 
 
 def test_hub_away_over_the_deadline_still_takes_the_updates(hub: RoundHub) -> None:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import NameOID
 
 from cloud_hub import registry
-from cloud_hub.database import Certificate
+from cloud_hub.database import Certificate, Refusal
 from fleet_link import pki
 from fleet_link.tokens import EnrolmentToken
 from tests.cloud_hub.hub_support import HttpsHub, make_hub_files, new_csr, new_key
@@ -104,8 +104,9 @@ def test_no_or_an_unknown_token_is_refused(hub: HttpsHub, path: str) -> None:
     body = _body(new_key()) if path == ENROL else None
     cases = [
         (None, "no token was shown"),
-        (("box-a", "wrong"), "unknown token for box-a"),
-        (("box-b", token.secret), "unknown token for box-b"),
+        (("box-a", "wrong"), "unknown token"),
+        (("box-b", token.secret), "unknown token"),
+        (("call-0900-attacker", "x"), "unknown token"),
         (("Box\nforged", token.secret), "not the name of a device"),
     ]
     with hub.client() as client:
@@ -114,10 +115,34 @@ def test_no_or_an_unknown_token_is_refused(hub: HttpsHub, path: str) -> None:
             assert answer.status_code == 401
             assert reason in answer.text
             assert answer.headers["www-authenticate"].startswith("Basic")
-        broken = client.request(method, path, content=body, headers={"authorization": "Basic !!!"})
-        assert broken.status_code == 401
-    assert len(hub.refusals()) == 4
+        for header in ("Basic !!!", "Basic é", "Basic", "Bearer é", "Basic w6k="):
+            broken = client.request(method, path, content=body, headers={"authorization": header.encode()})
+            assert broken.status_code == 401, header
+    assert set(hub.refusals()) == {
+        ("", "enrolment", "no token was shown"),
+        ("box-a", "enrolment", "unknown token"),
+        ("box-b", "enrolment", "unknown token"),
+        ("", "enrolment", "unknown token"),
+        ("", "enrolment", "not the name of a device"),
+    }
     _certificate(_enrol(hub, ("box-a", token.secret), _body(new_key())))
+
+
+def test_a_flood_of_strangers_does_not_fill_the_database(hub: HttpsHub) -> None:
+    with hub.client() as client:
+        for number in range(60):
+            answer = client.post(ENROL, content=b"", auth=(f"stranger-{number}", "x"))
+            assert answer.status_code == 401
+    hub.context.strangers.tell()
+    with hub.files.database.reading() as session:
+        rows = {(row.device, row.what): row.count for row in session.query(Refusal)}
+    assert rows == {("", "enrolment"): 20, ("", "strangers"): 40}
+    _certificate(_enrol(hub, ("box-a", _token(hub).secret), _body(new_key())))
+
+
+def test_nothing_of_a_strangers_is_parsed(hub: HttpsHub) -> None:
+    answer = _enrol(hub, ("box-a", "wrong"), b"not a csr")
+    assert (answer.status_code, "unknown token" in answer.text) == (401, True)
 
 
 def test_an_expired_token_is_refused(hub: HttpsHub) -> None:

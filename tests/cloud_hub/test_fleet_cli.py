@@ -141,6 +141,14 @@ def test_revoking_asks_first(seeded: Fleet) -> None:
     assert (refused.code, refused.err) == (1, "device box-n1 is revoked | add the box under a new name")
 
 
+def test_a_round_is_dropped_with_its_reason(seeded: Fleet) -> None:
+    shown = seeded("round", "drop", "round-3", "--reason", "wrong rate")
+    assert (shown.code, "dropped by the operator: wrong rate" in " ".join(shown.out.split())) == (0, True)
+    again = seeded("round", "drop", "round-3")
+    assert (again.code, again.err) == (1, "round round-3 is over | fleet round show round-3")
+    assert seeded("round", "drop", "round-9").err == "there is no round round-9 | fleet round list shows all"
+
+
 def test_what_the_hub_refuses_is_said_with_its_advice(seeded: Fleet) -> None:
     assert seeded("device", "add", "box-n1", "--site", "north").err.endswith("fleet device token box-n1")
     nobody = seeded("device", "show", "nobody")
@@ -175,7 +183,14 @@ def test_missing_and_broken_settings_are_named(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["device", "--help"], ["round", "start", "--help"], ["devices", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["device", "--help"],
+        ["round", "start", "--help"],
+        ["round", "drop", "--help"],
+        ["devices", "--help"],
+    ],
 )
 def test_help_needs_no_hub(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

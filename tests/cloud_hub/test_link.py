@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from cloud_hub import registry
+from cloud_hub import ledger, registry
 from cloud_hub.broker import Broker
-from cloud_hub.database import Device, DeviceRelease, Refusal, Transfer
+from cloud_hub.database import Certificate, Device, DeviceRelease, Refusal, Transfer
 from cloud_hub.distribution import Distribution
 from cloud_hub.link import Link, Parts, open_bus
 from cloud_hub.rollout import Stage
 from fleet_link import envelope
 from fleet_link.bus import BusConfig
 from fleet_link.messages import Receipt, ReleaseOffer, RoundAnswer, RoundClosed, RoundPlan
-from fleet_link.pki import load_identity
+from fleet_link.pki import load_identity, load_private_key, serial_hex
 from fleet_link.topics import Channel, Direction, Topic
 from models.bundle import SHIPPED, file_digest
 from tests.cloud_hub.box_twin import BoxTwin, new_id, until
-from tests.cloud_hub.hub_support import needs_mosquitto
-from tests.cloud_hub.round_support import RoundHub, make_round_hub, needs_bundle
+from tests.cloud_hub.hub_support import needs_mosquitto, pem
+from tests.cloud_hub.round_support import Box, RoundHub, make_round_hub, needs_bundle
 
 pytestmark = [needs_bundle, needs_mosquitto, pytest.mark.slow]
 SHIPPED_DIGEST = file_digest(SHIPPED) if SHIPPED.exists() else ""
@@ -36,6 +36,7 @@ class LinkedHub:
         self.broker = Broker(self.config, write_access=rounds.files.write_access, on_refused=lambda reason: None)
         self.broker.start()
         self.boxes: dict[str, BoxTwin] = {}
+        self.clock_offset_s = 0.0
         self.connect()
 
     def connect(self) -> None:
@@ -45,8 +46,8 @@ class LinkedHub:
         self.distribution = Distribution(self.config, self.database)
         identity = load_identity(paths.hub_key, paths.hub_certificate)
         self.link = Link(
-            Parts(self.config, self.database, self.bus, identity, self.rounds.trust, self.rounds.coordinator,
-                  self.distribution, self.rounds.repository, time.time)
+            Parts(self.config, self.database, self.bus, identity, self.rounds.trust, self.rounds.intake,
+                  self.distribution, self.rounds.repository, lambda: time.time() + self.clock_offset_s)
         )  # fmt: skip
         until(lambda: self.bus.connected)
 
@@ -118,9 +119,9 @@ def test_round_and_release_over_the_wire(hub: LinkedHub) -> None:
     hub.until(lambda: a.of(RoundPlan) and b.of(RoundPlan))
     assert a.of(RoundPlan)[0] == plan
     for box in (a, b):
-        box.answer("r0001")
+        box.answer(plan.round_id)
     hub.until(lambda: a.of(Receipt) and b.of(Receipt))
-    transfers = {box: box.upload("r0001", hub.rounds.boxes[box.name].seal(plan, 0.01)) for box in (a, b)}
+    transfers = {box: box.upload(plan.round_id, hub.rounds.boxes[box.name].seal(plan, 0.01)) for box in (a, b)}
     hub.until(lambda: all(box.verdicts(transfers[box]) for box in (a, b)))
     assert [box.verdicts(transfers[box]) for box in (a, b)] == [[(True, "")], [(True, "")]]
     for box in (a, b):
@@ -166,11 +167,11 @@ def test_canary_that_refuses_halts_the_release_where_the_operator_sees_it(hub: L
 def test_plan_is_said_again_until_it_is_answered(hub: LinkedHub) -> None:
     a = hub.boxes["a"]
     a.heartbeat()
-    hub.rounds.start()
+    plan = hub.rounds.start()
     hub.until(lambda: a.of(RoundPlan))
     hub.link._owed["a"] = 0.0  # resend_s later
     hub.until(lambda: len(a.of(RoundPlan)) == 2)
-    a.answer("r0001")
+    a.answer(plan.round_id)
     hub.until(lambda: a.of(Receipt))
     hub.link._owed["a"] = 0.0
     a.heartbeat()
@@ -188,12 +189,12 @@ def test_hub_restarted_in_mid_round_goes_on(hub: LinkedHub) -> None:
     b.heartbeat()
     hub.until(lambda: b.of(RoundPlan))
     for box in (a, b):
-        box.answer("r0001")
+        box.answer(plan.round_id)
     hub.until(lambda: a.of(Receipt) and b.of(Receipt))
-    transfer = a.upload("r0001", hub.rounds.boxes["a"].seal(plan, 0.01))
+    transfer = a.upload(plan.round_id, hub.rounds.boxes["a"].seal(plan, 0.01))
     hub.until(lambda: a.verdicts(transfer))
     hub.restart()
-    transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
+    transfer = b.upload(plan.round_id, hub.rounds.boxes["b"].seal(plan, 0.01))
     hub.until(lambda: b.verdicts(transfer))
     hub.until(lambda: hub.rounds.round().state == "released")
 
@@ -204,10 +205,42 @@ def test_receipt_that_was_lost_is_given_again(hub: LinkedHub) -> None:
     hub.rounds.join("a", "b")
     blob = hub.rounds.boxes["a"].seal(plan, 0.01)
     for _ in range(2):
-        transfer = a.upload("r0001", blob)
+        transfer = a.upload(plan.round_id, blob)
         hub.until(lambda transfer=transfer: a.verdicts(transfer))
         assert a.verdicts(transfer) == [(True, "")]
     assert hub.rounds.member("a").state == "delivered"
+
+
+def test_box_that_delivered_what_a_restored_hub_has_lost_is_told_the_plan_again(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    plan = hub.rounds.start()
+    hub.rounds.join("a")
+    a.round_state[plan.round_id] = "training"
+    a.heartbeat()
+    hub.until(lambda: device(hub, "a").heartbeat)
+    for _ in range(5):
+        hub.step()
+    assert not a.of(RoundPlan)
+    a.round_state[plan.round_id] = "delivered"
+    a.heartbeat()
+    hub.until(lambda: a.of(RoundPlan))
+
+
+def test_round_that_the_operator_drops_is_closed_at_the_boxes(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    plan = hub.rounds.start()
+    a.heartbeat()
+    hub.until(lambda: a.of(RoundPlan))
+    a.answer(plan.round_id)
+    a.heartbeat()
+    hub.until(lambda: "training" in str(device(hub, "a").heartbeat))
+    with hub.database.writing() as session:
+        ledger.drop(session, plan.round_id, "wrong rate", time.time())
+    hub.until(lambda: a.of(RoundClosed))
+    closed = a.of(RoundClosed)[0]
+    assert (closed.round_id, closed.outcome, closed.reason) == (
+        plan.round_id, "dropped", "dropped by the operator: wrong rate",
+    )  # fmt: skip
 
 
 def test_round_that_the_hub_does_not_know_is_closed(hub: LinkedHub) -> None:
@@ -226,11 +259,11 @@ def test_update_with_a_wrong_digest_or_content_is_refused_and_the_other_counted(
     plan = hub.rounds.start(min_devices=1)
     hub.rounds.join("a", "b")
     blob = hub.rounds.boxes["a"].seal(plan, 0.01)
-    transfer = a.upload("r0001", blob, sha256="0" * 64)
+    transfer = a.upload(plan.round_id, blob, sha256="0" * 64)
     hub.until(lambda: a.verdicts(transfer))
     assert a.verdicts(transfer)[0][0] is False
     assert "digest" in a.verdicts(transfer)[0][1].lower() or "sha" in a.verdicts(transfer)[0][1].lower()
-    transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
+    transfer = b.upload(plan.round_id, hub.rounds.boxes["b"].seal(plan, 0.01))
     hub.until(lambda: b.verdicts(transfer))
     assert b.verdicts(transfer) == [(True, "")]
     assert (hub.rounds.member("a").state, hub.rounds.member("b").state) == ("refused", "delivered")
@@ -253,18 +286,122 @@ def test_changed_message_is_refused(hub: LinkedHub) -> None:
     assert "signature" in hub.refusals("a")[0]
 
 
-def test_replayed_message_is_refused_also_after_a_restart(hub: LinkedHub) -> None:
+def test_message_that_mqtt_repeats_is_dropped_without_a_refusal(hub: LinkedHub) -> None:
     a = hub.boxes["a"]
     hub.rounds.start()
     sealed = a.say(hello(a))
     hub.until(lambda: a.of(Receipt))
     a.send_raw(sealed)
+    a.send_raw(b"garbage")  # after it: when this one is refused, the repeated one was looked at
+    hub.until(lambda: hub.refusals("a"))
+    assert [reason[:15] for reason in hub.refusals("a")] == ["not an envelope"]
+    assert len(a.of(Receipt)) == 1
+
+
+def test_replayed_sequence_is_refused_also_after_a_restart(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    hub.rounds.start()
+    sealed = a.say(hello(a))
+    hub.until(lambda: a.of(Receipt))
+    sequence = device(hub, "a").last_sequence
+    a.say(hello(a), sequence=sequence)  # other content under a number that was used
     hub.until(lambda: hub.refusals("a"))
     assert "was seen before" in hub.refusals("a")[0]
     hub.restart()
     a.send_raw(sealed)
     hub.until(lambda: count(hub, "a") == 2)
     assert len(a.of(Receipt)) == 1
+
+
+def test_box_whose_clock_is_corrected_after_its_start_is_heard(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.heartbeat()
+    hub.until(lambda: device(hub, "a").last_sequence)
+    hub.restart()
+    clock = [1000.0]
+    a._sequence = envelope.Sequence(lambda: clock[0], 0, lambda highest: None)  # a replaced disk, 1970
+    assert a._sequence.next() < device(hub, "a").last_sequence
+    clock[0] = time.time()
+    a.say(hello(a))
+    hub.until(lambda: a.of(Receipt))
+    assert hub.refusals("a") == []
+
+
+def test_hub_goes_on_above_what_it_sent_with_its_clock_set_back(
+    hub: LinkedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = hub.boxes["a"]
+    hub.rounds.start()
+    a.say(hello(a))
+    hub.until(lambda: a.of(Receipt))
+    hub.clock_offset_s = -600.0
+    hub.restart()
+    a.say(hello(a))
+    hub.until(lambda: len(a.of(Receipt)) == 2)
+    assert a.sequences == sorted(set(a.sequences))
+
+
+def test_box_is_told_again_though_the_clock_went_back(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    a.heartbeat()
+    hub.rounds.start()
+    hub.until(lambda: a.of(RoundPlan))
+    hub.link._owed["a"] = time.time() + 86_400.0  # as written before the clock was set back by a day
+    hub.until(lambda: len(a.of(RoundPlan)) == 2)
+
+
+def test_replaced_certificate_counts_no_more_and_uses_up_no_sequence(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    hub.rounds.start()
+    old = a.identity
+    replace_certificate(hub, "a")
+    a.say(hello(a), sequence=2**62)
+    hub.until(lambda: hub.refusals("a"))
+    assert "was revoked or replaced" in hub.refusals("a")[0]
+    assert device(hub, "a").last_sequence == 0
+    a.identity = hub.rounds.boxes["a"].identity
+    assert a.identity.certificate_der != old.certificate_der
+    a.say(hello(a))
+    hub.until(lambda: a.of(Receipt))
+
+
+def test_update_signed_with_a_replaced_certificate_is_refused(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    plan = hub.rounds.start()
+    hub.rounds.join("a", "b")
+    stale = hub.rounds.boxes["a"].seal(plan, 0.01)
+    replace_certificate(hub, "a")
+    a.identity = hub.rounds.boxes["a"].identity
+    transfer = a.upload(plan.round_id, stale)
+    hub.until(lambda: a.verdicts(transfer))
+    assert a.verdicts(transfer)[0][0] is False
+    assert "was revoked or replaced" in a.verdicts(transfer)[0][1]
+    assert hub.rounds.member("a").state == "refused"
+
+
+def test_update_larger_than_its_base_allows_is_refused_before_it_travels(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    plan = hub.rounds.start()
+    hub.rounds.join("a", "b")
+    limit = SHIPPED.stat().st_size
+    transfer = a.upload(plan.round_id, bytes(limit + 1))
+    hub.until(lambda: a.verdicts(transfer))
+    accepted, reason = a.verdicts(transfer)[0]
+    assert (accepted, str(limit + 1) in reason, str(limit) in reason) == (False, True, True)
+    assert not list(hub.config.paths.rounds.glob("*/incoming/a/*"))
+
+
+def test_hub_goes_on_with_its_new_certificate(hub: LinkedHub) -> None:
+    a, files = hub.boxes["a"], hub.rounds.files
+    hub.rounds.start()
+    key = load_private_key(hub.config.paths.hub_key)
+    renewed = files.authority.issue_hub(key.public_key(), days=30, now=time.time())
+    hub.config.paths.hub_certificate.write_bytes(pem(renewed))
+    hub.link.use_identity(load_identity(hub.config.paths.hub_key, hub.config.paths.hub_certificate))
+    hub.until(lambda: hub.bus.connected)
+    a.say(hello(a))
+    hub.until(lambda: a.of(Receipt))
+    assert a.hub_serials[-1] == serial_hex(renewed)
 
 
 def test_old_message_is_refused(hub: LinkedHub) -> None:
@@ -310,12 +447,21 @@ def test_garbage_chunks_disturb_nobody(hub: LinkedHub) -> None:
     a, b = hub.boxes["a"], hub.boxes["b"]
     plan = hub.rounds.start(min_devices=1)
     hub.rounds.join("a", "b")
-    transfer = b.upload("r0001", hub.rounds.boxes["b"].seal(plan, 0.01))
+    transfer = b.upload(plan.round_id, hub.rounds.boxes["b"].seal(plan, 0.01))
     for junk in (b"", b"short", bytes(100), bytes(60_000)):
         a.bus.publish_chunk(Topic(Direction.UP, "a", Channel.CHUNK), junk)
     hub.until(lambda: b.verdicts(transfer))
     assert b.verdicts(transfer) == [(True, "")]
     assert hub.refusals("a")
+
+
+def replace_certificate(hub: LinkedHub, name: str) -> None:
+    """As enrolment does for a new token: another certificate, the former one revoked."""
+    files = hub.rounds.files
+    with hub.database.writing() as session:
+        session.query(Certificate).filter_by(device=name).update({"revoked_at": time.time()})
+    certificate, key = files.device_files(hub.rounds.folder, name)
+    hub.rounds.boxes[name] = Box(name, load_identity(key, certificate))
 
 
 def hello(box: BoxTwin) -> RoundAnswer:

@@ -1,5 +1,6 @@
 """Sites, devices, tokens, and what the broker is told of them."""
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +9,10 @@ import pytest
 from cryptography import x509
 
 from cloud_hub import database, registry
-from cloud_hub.database import Refusal, Token, record_refusal
+from cloud_hub.database import Certificate, Refusal, Token, record_refusal
 from cloud_hub.registry import NotFoundError
-from fleet_link import tokens
-from fleet_link.errors import SiteError
+from fleet_link import pki, tokens
+from fleet_link.errors import SiteError, TrustError
 from tests.cloud_hub.hub_support import HubFiles, make_hub_files
 
 NOW = time.time()
@@ -102,9 +103,64 @@ def test_revoking_voids_certificates_tokens_and_access_and_twice_is_once(hub: Hu
 
 def test_the_acl_gives_each_its_own_topics() -> None:
     assert registry.acl_text(["box-a"]) == (
-        "user hub\ntopic read wr1/up/#\ntopic write wr1/down/#\n"
-        "\nuser box-a\ntopic write wr1/up/box-a/#\ntopic read wr1/down/box-a/#\n"
+        "user hub\n"
+        "topic read wr1/up/+/msg\ntopic read wr1/up/+/chunk\n"
+        "topic write wr1/down/+/msg\ntopic write wr1/down/+/chunk\n"
+        "\nuser box-a\n"
+        "topic read wr1/down/box-a/msg\ntopic read wr1/down/box-a/chunk\n"
+        "topic write wr1/up/box-a/msg\ntopic write wr1/up/box-a/chunk\n"
     )
+
+
+def test_a_certificate_counts_for_its_own_device_until_it_is_revoked(hub: HubFiles, tmp_path: Path) -> None:
+    hub.add_device("box-a")
+    hub.add_device("box-b")
+    serial = pki.serial_hex(x509.load_pem_x509_certificate(hub.device_files(tmp_path, "box-a")[0].read_bytes()))
+    with hub.database.writing() as session:
+        registry.check_certificate(session, "box-a", serial)
+        for device, other in (("box-b", serial), ("box-a", "ff")):
+            with pytest.raises(TrustError, match="has no certificate") as caught:
+                registry.check_certificate(session, device, other)
+            assert f"fleet device token {device}" in caught.value.advice
+        session.get_one(Certificate, serial).revoked_at = NOW
+        session.flush()
+        with pytest.raises(TrustError, match="revoked or replaced"):
+            registry.check_certificate(session, "box-a", serial)
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(None, ""), (31, ""), (29.5, "ends in 29 days"), (0.5, "ends in 0 days"), (-1, "has ended")]
+)
+def test_the_operator_is_told_of_a_certificate_that_ends_soon(days: float | None, words: str) -> None:
+    alarm = registry.certificate_alarm(None if days is None else NOW + days * 86400, now=NOW)
+    assert words in alarm
+    assert bool(alarm) == bool(words)
+
+
+def test_the_database_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        opened = database.connect(tmp_path / "hub.db")
+        with opened.writing() as session:
+            registry.add_site(session, "north", now=NOW)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+        assert modes == {"hub.db": 0o600, "hub.db-wal": 0o600, "hub.db-shm": 0o600}
+        opened.close()
+    finally:
+        os.umask(before)
+
+
+def test_a_database_of_an_older_hub_is_closed_to_others(tmp_path: Path) -> None:
+    database.connect(tmp_path / "hub.db").close()
+    (tmp_path / "hub.db").chmod(0o644)
+    database.connect(tmp_path / "hub.db").close()
+    assert (tmp_path / "hub.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_database_in_a_folder_that_is_not_there_is_refused_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="No such file") as caught:
+        database.connect(tmp_path / "gone" / "hub.db")
+    assert caught.value.advice
 
 
 def test_the_same_refusal_again_is_counted_and_old_ones_go(hub: HubFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,52 @@ def test_hub_that_was_off_for_a_year_is_fresh_again_after_one_refresh(hub: HubFi
     assert box.take(repository.offer(first, message_id=ID)) == 1
 
 
+def test_box_goes_on_accepting_from_a_hub_that_was_restored_from_a_backup(
+    hub: HubFiles, box: BoxTwin, candidate: Path, tmp_path: Path
+) -> None:
+    folder = hub.config.paths.releases
+    shutil.copytree(folder, tmp_path / "backup")
+    for n in (1, 2):
+        lost = another_bundle(tmp_path / "lost.bundle", f"lost-{n}")
+        release = Repository(hub.config.paths).publish(lost, round_id="", now=NOW + n * DAY)
+    box.take(Repository(hub.config.paths).offer(release, message_id=ID))
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "backup", folder)
+    restored = Repository(hub.config.paths)
+    restored.renew(NOW + 3 * DAY)
+    (first,) = restored.listed()
+    assert box.take(restored.offer(first, message_id=ID)) == 1
+    second = restored.publish(candidate, round_id="r0001", now=NOW + 3 * DAY)
+    assert box.take(restored.offer(second, message_id=ID)) == 2
+
+
+def test_version_goes_on_rising_when_the_clock_goes_back(hub: HubFiles, box: BoxTwin, candidate: Path) -> None:
+    repository = Repository(hub.config.paths)
+    (first,) = repository.listed()
+    box.take(repository.offer(first, message_id=ID))
+    second = repository.publish(candidate, round_id="r0001", now=NOW - DAY)
+    assert box.take(repository.offer(second, message_id=ID)) == 2
+
+
+def test_start_leaves_no_metadata_behind_that_nothing_leads_to(hub: HubFiles, box: BoxTwin) -> None:
+    repository = Repository(hub.config.paths)
+    for n in range(3):
+        repository.renew(NOW + n)
+    names = [path.name.split(".", 1)[1] for path in hub.config.paths.releases.glob("*.json")]
+    assert sorted(names) == ["json", "root.json", "snapshot.json", "targets.json"]
+    (first,) = repository.listed()
+    assert box.take(repository.offer(first, message_id=ID)) == 1
+
+
+def test_release_of_a_round_that_a_restored_database_does_not_know_is_listed_without_it(
+    hub: HubFiles, candidate: Path
+) -> None:
+    release = Repository(hub.config.paths).publish(candidate, round_id="r0007-0a1b2c3d", now=NOW)
+    with hub.database.writing() as session:
+        releases.add_row(session, release, now=NOW)
+    assert rows(hub) == [(1, None), (2, None)]
+
+
 def test_metadata_stays_small_and_numbers_go_on_rising(
     hub: HubFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,30 @@ def test_refused_update_leaves_the_others_counted() -> None:
     assert after.members["b"] is Member.REFUSED
 
 
+REVOKED = replace(NEW, revoked=frozenset("a"))
+
+
+def test_revoked_device_is_waited_for_no_longer_and_its_update_is_taken_out() -> None:
+    assert play(REVOKED, Tick()).members == {**NEW.members, "a": Member.REFUSED}
+    delivered = {"a": Member.DELIVERED, "b": Member.DELIVERED, "c": Member.JOINED}
+    after = play(replace(REVOKED, state=State.UPLOADING, members=delivered), Delivered("c"))
+    assert after.state is State.SUMMED
+    assert after.members == {"a": Member.REFUSED, "b": Member.DELIVERED, "c": Member.DELIVERED}
+
+
+def test_update_of_a_revoked_device_does_not_complete_the_sum() -> None:
+    members = {"a": Member.JOINED, "b": Member.DELIVERED, "c": Member.DECLINED}
+    after = play(replace(REVOKED, state=State.UPLOADING, members=members), Delivered("a"))
+    assert (after.state, after.members["a"]) == (State.DROPPED, Member.REFUSED)
+
+
+def test_what_a_revoked_device_said_itself_stays_and_a_closed_sum_is_left_alone() -> None:
+    members = {**NEW.members, "a": Member.DECLINED}
+    assert play(replace(REVOKED, members=members), Tick()).members["a"] is Member.DECLINED
+    closed = replace(REVOKED, state=State.SUMMED, members={**NEW.members, "a": Member.DELIVERED})
+    assert play(closed, Tick()) == closed
+
+
 def test_state_never_goes_back_when_the_only_joined_device_is_refused() -> None:
     assert play(NEW, Answered("a", True), Refused("a")).state is State.TRAINING
 

@@ -1,7 +1,11 @@
 """`hub run` as a process: starts, stops, is killed at every hand-over of a round, and ends the round all the same."""
 
+import contextlib
+import os
+import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -14,6 +18,7 @@ import psutil
 import pytest
 
 from cloud_hub import ca, database, setup
+from cloud_hub.releases import Repository
 from fleet_link.bus import BusConfig
 from fleet_link.messages import Receipt, ReleaseOffer, RoundClosed, RoundPlan
 from fleet_link.pki import Trust, load_identity
@@ -21,6 +26,7 @@ from models.bundle import SHIPPED, file_digest
 from tests.cloud_hub.box_twin import BoxTwin, until
 from tests.cloud_hub.hub_support import HubFiles, free_port, needs_mosquitto
 from tests.cloud_hub.round_support import Box, needs_bundle
+from tests.cloud_hub.test_releases import another_bundle
 
 pytestmark = [needs_bundle, needs_mosquitto, pytest.mark.slow]
 
@@ -39,14 +45,16 @@ class HubProcess:
         self.child: subprocess.Popen[bytes] | None = None
         self.boxes: list[BoxTwin] = []
 
-    def start(self) -> None:
-        self.child = self.spawn()
+    def start(self, **environment: str) -> None:
+        self.child = self.spawn(**environment)
         until(self.answers, lambda: time.sleep(0.05))
 
-    def spawn(self) -> "subprocess.Popen[bytes]":
+    def spawn(self, **environment: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", "from cloud_hub.cli import main; main()", "run", "--config"]
         with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen([*command, str(self.folder / "hub" / "hub.toml")], stdout=log, stderr=log)
+            return subprocess.Popen(
+                [*command, str(self.folder / "hub" / "hub.toml")], stdout=log, stderr=log, env=os.environ | environment
+            )
 
     def answers(self) -> bool:
         assert self.child is not None
@@ -166,6 +174,71 @@ def test_killed_broker_comes_back(hub: HubProcess) -> None:
     beat(hub, box)
 
 
+def test_trouble_that_lasts_in_the_rounds_holds_up_neither_broker_nor_link_nor_watchdog(
+    hub: HubProcess, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        hub.start(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="1000000")
+        box = hub.add_box("a")
+        hub.files.write_access()
+        timestamp = hub.config.paths.releases / "timestamp.json"
+        timestamp.rename(tmp_path / "timestamp.json")
+        round_id = start_round(hub, min_devices=1)
+        with hub.files.database.writing() as session:  # what was its candidate cannot be published now
+            row = session.get_one(database.Round, round_id)
+            row.state, row.candidate_digest = "evaluated", "f" * 64
+        trouble = "releases/timestamp.json cannot be read"
+        hub.until(lambda: trouble in hub.log())
+        assert hub.child is not None
+        (broker,) = [process for process in children(hub.child.pid) if "mosquitto" in process.name()]
+        broker.kill()
+        hub.until(lambda: box.bus.connected)
+        beat(hub, box)
+        systemd.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while systemd.recv(1000):  # what was said before
+                pass
+        systemd.settimeout(60.0)
+        assert systemd.recv(1000) == b"WATCHDOG=1"
+    assert hub.log().count(trouble) <= 2  # by the rounds; and by the refresh, if its first turn came this late
+    (tmp_path / "timestamp.json").rename(timestamp)
+    hub.until(lambda: round_state(hub) == "dropped")
+
+
+def test_hub_restored_from_a_backup_made_as_the_readme_says_runs_and_knows_what_was_released_meanwhile(
+    hub: HubProcess, tmp_path: Path
+) -> None:
+    hub.start()
+    data_dir, backup = hub.config.paths.data_dir, tmp_path / "backup"
+    backup.mkdir()
+    with (
+        contextlib.closing(sqlite3.connect(hub.config.paths.database)) as running,
+        contextlib.closing(sqlite3.connect(backup / "hub.db")) as copy,
+    ):
+        running.backup(copy)
+    hub.kill()
+    candidate = another_bundle(tmp_path / "candidate.bundle", "later")  # released between the two halves of the backup
+    Repository(hub.config.paths).publish(candidate, round_id="r0001-5d0c3f2a", now=time.time())
+    for name in ("ca", "keys", "releases"):
+        shutil.copytree(data_dir / name, backup / name)
+    for name in ("hub.toml", "fleet.toml", "admin.token"):
+        shutil.copy2(data_dir / name, backup / name)
+    hub.files.database.close()
+    shutil.rmtree(data_dir)
+    shutil.copytree(backup, data_dir)
+    hub.start()
+    releases = hub.api("GET", "/releases")["releases"]
+    assert isinstance(releases, list)
+    assert [(row["release_version"], row["round_id"]) for row in releases] == [(2, None), (1, None)]
+    box = hub.add_box("a")
+    hub.files.write_access()
+    assert hub.child is not None
+    (broker,) = [process for process in children(hub.child.pid) if "mosquitto" in process.name()]
+    broker.send_signal(signal.SIGHUP)
+    beat(hub, box)
+
+
 def test_hub_killed_at_every_hand_over_ends_the_round_as_if_nothing_had_happened(hub: HubProcess) -> None:
     hub.start()
     a, b = hub.add_box("a"), hub.add_box("b")
@@ -176,25 +249,21 @@ def test_hub_killed_at_every_hand_over_ends_the_round_as_if_nothing_had_happened
             process.send_signal(signal.SIGHUP)
     for box in hub.boxes:
         beat(hub, box)
-    hub.api(
-        "POST",
-        "/rounds",
-        {"kind": "unsafe_open", "trainable": "heads", "min_devices": 2, "min_examples": 1, "deadline_s": 3600.0},
-    )
+    round_id = start_round(hub)
 
     restart(hub)  # invited
     hub.until(lambda: all(box.of(RoundPlan) for box in hub.boxes))
     for box in hub.boxes:
-        box.answer("r0001")
+        box.answer(round_id)
     hub.until(lambda: all(box.of(Receipt) for box in hub.boxes))
 
     restart(hub)  # training
     plan = a.of(RoundPlan)[0]
-    transfer = a.upload("r0001", Box("a", a.identity).seal(plan, 0.01))
+    transfer = a.upload(round_id, Box("a", a.identity).seal(plan, 0.01))
     hub.until(lambda: a.verdicts(transfer))
 
     restart(hub)  # uploading
-    transfer = b.upload("r0001", Box("b", b.identity).seal(plan, 0.03))
+    transfer = b.upload(round_id, Box("b", b.identity).seal(plan, 0.03))
     hub.until(lambda: b.verdicts(transfer))
     hub.until(lambda: exports(hub))
 
@@ -206,7 +275,7 @@ def test_hub_killed_at_every_hand_over_ends_the_round_as_if_nothing_had_happened
     restart(hub)  # evaluated or released
     hub.until(lambda: round_state(hub) == "released")
     for box in hub.boxes:
-        box.round_state["r0001"] = "delivered"
+        box.round_state[round_id] = "delivered"
         box.heartbeat()
     hub.until(lambda: all(box.of(RoundClosed) for box in hub.boxes) and a.of(ReleaseOffer))
     a.request(a.of(ReleaseOffer)[0].bundle_digest)
@@ -218,7 +287,7 @@ def test_hub_killed_at_every_hand_over_ends_the_round_as_if_nothing_had_happened
     hub.until(lambda: a.bundles)
     releases = hub.api("GET", "/releases")["releases"]
     assert isinstance(releases, list)
-    assert [(row["release_version"], row["round_id"]) for row in releases] == [(2, "r0001"), (1, None)]
+    assert [(row["release_version"], row["round_id"]) for row in releases] == [(2, round_id), (1, None)]
     assert file_digest(a.bundles[0]) == releases[0]["bundle_digest"]
     assert list(hub.config.paths.rounds.iterdir()) == []
     assert "defect" not in hub.log()
@@ -251,5 +320,13 @@ def device(hub: HubProcess, name: str) -> dict[str, object]:
     return hub.api("GET", f"/devices/{name}")
 
 
+def start_round(hub: HubProcess, *, min_devices: int = 2) -> str:
+    wish: dict[str, object] = {"kind": "unsafe_open", "trainable": "heads", "min_examples": 1, "deadline_s": 3600.0}
+    wish["min_devices"] = min_devices
+    return str(hub.api("POST", "/rounds", wish)["round_id"])
+
+
 def round_state(hub: HubProcess) -> object:
-    return hub.api("GET", "/rounds/r0001")["state"]
+    rows = hub.api("GET", "/rounds")["rounds"]
+    assert isinstance(rows, list)
+    return rows[0]["state"]

@@ -195,7 +195,7 @@ def enrol_offline(data_dir: Path, authority: TestAuthority, mqtt_port: int) -> E
         here.tuf.mkdir(parents=True)
         here.ca.write_bytes(authority.pem)
         here.tuf_root.write_bytes(b"{}")
-        write_identity(here.path, authority.issue(DEVICE))
+        write_identity(here.path, authority.issue(DEVICE, to_days=90))
         (here.path / f"{DEVICE}.pem").rename(here.certificate)
         (here.path / f"{DEVICE}.key").rename(here.key)
     address = HubAddress(DEVICE, "https://localhost:1", "localhost", mqtt_port)
@@ -305,13 +305,14 @@ class HubTwin:
         self.folder = folder
         self.sealing_key = sealing.new_sealing_key(folder / "sealing.key")
         self.heard: list[AnyMessage] = []
+        self.sequences: list[int] = []
         self.updates: dict[str, bytes] = {}  # by round
         self.bundles: dict[str, Path] = {}  # by digest
         self.receipts = True
         self.room = 1 << 40  # bytes of chunks it still takes; the rest is lost on the way
         self.refuse_updates = ""
         self.corrupt: Callable[[bytes], bytes] = lambda chunk: chunk
-        self._sequence = envelope.Sequence.from_clock(time.time())
+        self._sequence = envelope.Sequence(time.time, 0, lambda highest: None)
         self._incoming: dict[str, chunks.Incoming] = {}
         self._outgoing: dict[str, chunks.Outgoing] = {}
         self.bus = Bus(bus_config, [hub_subscription()])
@@ -343,6 +344,7 @@ class HubTwin:
                 self._on_chunk(received.payload)
             else:
                 opened = envelope.open(received.payload, self.trust, sender=DEVICE, recipient=HUB, now=time.time())
+                self.sequences.append(opened.sequence)
                 self.heard.append(opened.message)
                 self._on_message(opened.message)
             received = self.bus.receive(0)

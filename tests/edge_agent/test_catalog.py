@@ -159,6 +159,90 @@ def test_the_same_uid_with_other_content_is_set_aside_and_the_first_stays(db: sq
     assert db.execute("SELECT sha256 FROM instances").fetchone()["sha256"] == "aa"
 
 
+def test_other_content_replaces_a_copy_that_could_not_be_decoded(db: sqlite3.Connection) -> None:
+    head, bad, good = header(), kept("aa"), kept("bb")
+    add(db, head, file=bad, now=0.0)
+    due(db, 100.0)
+    catalog.mark_failed(db, 1, "cut short", [bad.path])
+    assert add(db, head, file=good, now=101.0) == catalog.Admission(Outcome.CATALOGED, catalog.SeriesNo(1))
+    row = catalog.series(db, 1)
+    assert (row.state, row.reason, row.instance_count, row.last_instance_at) == (State.RECEIVING, "", 1, 101.0)
+    assert [dict(r)["path"] for r in db.execute("SELECT path FROM instances")] == [good.path]
+    (old,) = catalog.quarantined(db)
+    assert (old.path, old.reason) == (bad.path, "could not be decoded; another copy took its place")
+    assert add(db, head, file=bad, now=102.0).outcome is Outcome.AGAIN  # the bad one once more changes nothing
+    assert [dict(r)["path"] for r in db.execute("SELECT path FROM instances")] == [good.path]
+
+
+def test_beside_an_unreadable_instance_the_readable_ones_are_not_replaced(db: sqlite3.Connection) -> None:
+    sound, damaged = header(), header()
+    add(db, sound, file=kept("aa"), now=0.0)
+    add(db, damaged, file=kept("bb"), now=0.0)
+    due(db, 100.0)
+    catalog.mark_failed(db, 1, "cut short", [kept("bb").path])
+    assert add(db, sound, file=kept("cc"), now=101.0).outcome is Outcome.QUARANTINED
+    assert state(db) is State.FAILED
+
+
+def test_an_unreadable_instance_is_not_replaced_from_another_series(db: sqlite3.Connection) -> None:
+    head = header()
+    add(db, head, file=kept("aa"), now=0.0)
+    due(db, 100.0)
+    catalog.mark_failed(db, 1, "cut short", [kept("aa").path])
+    elsewhere = replace(head, SeriesInstanceUID="1.2.3.5")
+    assert add(db, elsewhere, file=kept("bb"), now=101.0).outcome is Outcome.QUARANTINED
+
+
+def test_once_read_a_copy_is_no_longer_unreadable(db: sqlite3.Connection) -> None:
+    head, file = header(), kept("aa")
+    add(db, head, file=file, now=0.0)
+    due(db, 100.0)
+    catalog.mark_failed(db, 1, "the decoder is missing", [file.path])
+    add(db, head, file=file, now=101.0)  # sent again, after a software update
+    row = due(db, 200.0)
+    assert row is not None
+    catalog.mark_read(db, row)
+    assert add(db, head, file=kept("bb"), now=201.0).outcome is Outcome.QUARANTINED
+
+
+def _two_copies(db: sqlite3.Connection, tmp_path: Path) -> tuple[Kept, Kept]:
+    """The same UID twice, the second set aside because nobody has tried to read the first."""
+    ds = ct_slice("1.1")
+    first = instances.keep(tmp_path, (write(ds, tmp_path / "a").read_bytes(),), min_free_bytes=0)
+    ds.ImageComments = "corrected"
+    second = instances.keep(tmp_path, (write(ds, tmp_path / "b").read_bytes(),), min_free_bytes=0)
+    for copy in (first, second):
+        add(db, instances.read_file_header(tmp_path / copy.path), file=copy, now=0.0)
+    assert [row.path for row in catalog.quarantined(db)] == [second.path]
+    due(db, 100.0)
+    catalog.mark_failed(db, 1, "cut short", [first.path])
+    return first, second
+
+
+def test_a_copy_that_came_before_the_first_was_read_takes_its_place(db: sqlite3.Connection, tmp_path: Path) -> None:
+    first, second = _two_copies(db, tmp_path)
+    catalog.offer_rivals(db, tmp_path, now=101.0)
+    assert state(db) is State.RECEIVING
+    assert instances.open(db, tmp_path, 1) == (tmp_path / second.path,)
+    assert [row.path for row in catalog.quarantined(db)] == [first.path]
+
+
+def test_two_unreadable_copies_do_not_change_places_for_ever(db: sqlite3.Connection, tmp_path: Path) -> None:
+    _, second = _two_copies(db, tmp_path)
+    catalog.offer_rivals(db, tmp_path, now=101.0)
+    due(db, 200.0)
+    catalog.mark_failed(db, 1, "cut short", [second.path])
+    catalog.offer_rivals(db, tmp_path, now=201.0)
+    assert state(db) is State.FAILED
+
+
+def test_killed_between_the_failure_and_the_rival(db: sqlite3.Connection, tmp_path: Path) -> None:
+    _, second = _two_copies(db, tmp_path)
+    catalog.repair(db, tmp_path, now=101.0)
+    assert state(db) is State.RECEIVING
+    assert instances.open(db, tmp_path, 1) == (tmp_path / second.path,)
+
+
 def test_a_series_does_not_change_its_study(db: sqlite3.Connection) -> None:
     add(db, header(study="1.2.3"), now=0.0)
     assert add(db, header(study="9.9.9"), now=1.0).outcome is Outcome.QUARANTINED

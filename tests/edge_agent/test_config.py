@@ -66,6 +66,14 @@ REFUSALS = [
     ({"dicom": {"ae_title": "BACK\\SLASH"}}, "refused: an AE title"),
     ({"dicom": {"ae_title": " "}}, "refused: an AE title"),
     ({"dicom": {"ae_title": "END "}}, "refused: an AE title"),
+    ({"dicom": {"ae_title": "AE\n"}}, "refused: an AE title"),
+    ({"dicom": {"accept_called_ae": ["AE\n"]}}, "refused: an AE title"),
+    ({"pacs": {"host": "10.0.0.5\n"}}, "pacs.host = '10.0.0.5\\n' refused: a host"),
+    ({"policy": {"hours": "00:00-24:00\n"}}, "refused: hours are"),
+    ({"hub": {"url": "\n"}}, "refused: an address as https://host:port"),
+    ({"hub": {"url": "https://hub:8443\n"}}, "refused: an address as https://host:port"),
+    ({"storage": {"keep_days": -1}}, "storage.keep_days = -1 refused: days are a whole number"),
+    ({"storage": {"keep_days": 0.5}}, "storage.keep_days = 0.5 refused: days are a whole number"),
     ({"dicom": {"accept_calling_ae": "CT1"}}, "dicom.accept_calling_ae = 'CT1' refused"),
     ({"dicom": {"accept_calling_ae": ["CT1", ""]}}, "refused: an AE title"),
     ({"dicom": {"quiet_time_s": float("nan")}}, "dicom.quiet_time_s = nan refused"),
@@ -96,6 +104,7 @@ def test_a_wrong_key_or_value_is_refused_with_its_reason(own: dict[str, Any], me
 def test_what_a_site_may_say() -> None:
     assert _parse(dicom={"accept_called_ae": ["*"]}).dicom.accept_called_ae == ("*",)
     assert _parse(dicom={"quiet_time_s": 5}).dicom.quiet_time_s == 5.0
+    assert _parse(storage={"keep_days": 0}).storage.keep_days == 0
     assert _parse(policy={"hours": "20:00-06:00", "tasks": []}).policy.tasks == ()
     with_tls = _parse(review={"bind": "0.0.0.0", "tls_certificate": "c.pem", "tls_key": "/etc/k.pem"}).review
     assert with_tls.tls_certificate == Path("/srv/box/c.pem")

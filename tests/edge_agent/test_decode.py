@@ -70,11 +70,14 @@ def test_twelve_bit_jpeg_is_close_to_the_lossless_copy_of_the_same_image(name: s
 @pytest.mark.parametrize("row", manifest(), ids=[row["file"] for row in manifest()])
 def test_every_file_becomes_a_volume_or_a_refusal_with_a_reason(row: dict[str, str]) -> None:
     """None crashes, none of a modality without a task is taken for one that has a task."""
+    path = SHARED_DICOM / row["file"]
     if row["modality"] not in ("CT", "MR", "CR") or row["pydicom_decode"] != "ok":
-        with pytest.raises(DecodeError, match=r"\w"):
-            decode.to_volume([SHARED_DICOM / row["file"]])
+        with pytest.raises(DecodeError, match=r"\w") as refusal:
+            decode.to_volume([path])
+        assert decode.unreadable([path]) == ([] if isinstance(refusal.value, NotForUsError) else [path])
         return
-    decoded = decode.to_volume([SHARED_DICOM / row["file"]])
+    assert decode.unreadable([path]) == []
+    decoded = decode.to_volume([path])
     voxels_ZYX = decoded.volume.voxels_ZYX
     assert voxels_ZYX.shape == (int(row["frames"]), int(row["rows"]), int(row["cols"]))
     assert np.isfinite(voxels_ZYX).all()
@@ -265,10 +268,27 @@ def test_what_no_task_reads(tmp_path: Path, extra: dict[str, Any], reason: str) 
 
 
 def test_a_lost_file_and_no_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DecodeError, match="header cannot be understood"):
+    with pytest.raises(DecodeError, match="no longer on this box") as refusal:
         decode.to_volume([tmp_path / "gone.dcm"])
+    assert refusal.value.advice
     with pytest.raises(DecodeError, match="no images"):
         decode.to_volume([])
+
+
+def test_which_images_of_a_series_cannot_be_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = series(tmp_path / "s", 2)
+    damaged = []
+    for damage in (_colour, _cut_short, _no_slope):
+        ds = ct_slice("1.2.3.4")
+        damage(ds)
+        damaged.append(write(ds, tmp_path / f"{damage.__name__}.dcm"))
+    other = write(ct_slice("1.2.3.4", Modality="US"), tmp_path / "us.dcm")
+    assert decode.unreadable([sound[0], *damaged, other, sound[1], tmp_path / "gone.dcm"]) == [
+        *damaged,
+        tmp_path / "gone.dcm",
+    ]
+    monkeypatch.setattr(decode, "MAX_VOXELS", 1000)  # before its pixels fill the memory
+    assert decode.unreadable(sound) == sound
 
 
 def test_a_refusal_does_not_quote_the_patient(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import health, ledger
+from edge_agent import database, health, ledger
 from edge_agent.rounds import Event
 from fleet_link import messages
+from fleet_link.errors import SiteError
 from tests.edge_agent.link_support import Box, make_box, make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
@@ -69,6 +70,24 @@ def test_a_declined_round_tells_its_reason(box: Box) -> None:
     ledger.apply(box.db, box.data_dir, "round-1", Event.REFUSED_HERE, 0.0, ledger.Outcome(reason="x" * 900))
     (status,) = beat(box).rounds
     assert (status.state, len(status.reason)) == ("declined", ledger.MAX_REASON_CHARACTERS)
+
+
+def test_a_certificate_in_its_last_month_is_an_alarm(box: Box) -> None:
+    ends = time.time() + box.enrolled.days_left(time.time()) * 86400.0
+    assert health.certificate_notices(box.enrolled, ends - 30.5 * 86400.0) == []
+    (soon,) = health.certificate_notices(box.enrolled, ends - 29.5 * 86400.0)
+    assert "ends in 29 days" in soon
+    assert "enroll --replace" in soon
+    (late,) = health.certificate_notices(box.enrolled, ends + 1.0)
+    assert "has expired" in late
+
+
+def test_the_site_s_trouble_is_told_until_it_is_over(box: Box) -> None:
+    error = SiteError("no space", advice="free some")
+    ledger.hold_up(box.db, "release 2", error, time.time())
+    assert beat(box, "from the link").alarms == ("from the link", "release 2 waits: no space")
+    database.end_alarm(box.db, "release 2")
+    assert beat(box).alarms == ()
 
 
 def test_alarms(tmp_path: Path) -> None:

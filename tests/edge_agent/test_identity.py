@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from tests.fleet_link.mosquitto_support import TestAuthority, free_port, write_i
 pytestmark = pytest.mark.slow
 
 SECRET = "s" * 32
+IDENTITY = ("tuf", "ca.pem", "device.key", "device.pem", "link.json")
 ROOT = b'{"signed": "root"}'
 
 
@@ -151,6 +153,68 @@ def test_an_enrolled_box_keeps_its_identity(hub: EstTwin, data_dir: Path) -> Non
     assert hub.issued == 1
 
 
+def seen_releases(enrolled: identity.Enrolled) -> Path:
+    """What python-tuf keeps of the metadata that it has verified."""
+    trusted = enrolled.folder.tuf / "trusted"
+    trusted.mkdir()
+    (trusted / "timestamp.json").write_bytes(b"version 7")
+    return trusted / "timestamp.json"
+
+
+def test_a_certificate_renewed_by_the_same_hub_keeps_what_was_seen_of_its_releases(
+    hub: EstTwin, data_dir: Path
+) -> None:
+    before = identity.enroll(hub.token(), data_dir)
+    seen = seen_releases(before)
+    after = identity.enroll(hub.token(), data_dir, replace=True)
+    assert after.identity.certificate_der != before.identity.certificate_der
+    assert seen.read_bytes() == b"version 7"
+    assert after.folder.tuf_root.read_bytes() == ROOT
+    assert not identity.draft(data_dir).path.exists()
+
+
+def test_another_hub_begins_with_its_own_root(hub: EstTwin, data_dir: Path) -> None:
+    """As if this box had come from another hub: CA, release root and what was seen are that one's."""
+    old = TestAuthority("old")
+    before = identity.enroll(hub.token(), data_dir)
+    before.folder.ca.write_bytes(old.pem)
+    before.folder.tuf_root.write_bytes(b"old root")
+    seen = seen_releases(before)
+    after = identity.enroll(hub.token(), data_dir, replace=True)
+    assert after.folder.ca.read_bytes() == hub.authority.pem
+    assert after.folder.tuf_root.read_bytes() == ROOT
+    assert not seen.exists()
+
+
+def test_a_replacement_that_fails_leaves_the_old_identity(hub: EstTwin, data_dir: Path) -> None:
+    before = identity.enroll(hub.token(), data_dir)
+    hub.refuse = (403, "the token for box-1 was used already")
+    with pytest.raises(LinkError):
+        identity.enroll(hub.token(), data_dir, replace=True)
+    assert identity.load(data_dir).identity.certificate_der == before.identity.certificate_der
+
+
+@pytest.mark.parametrize("gone", [(), ("tuf",), ("tuf", "ca.pem"), ("tuf", "device.pem"), tuple(IDENTITY)])
+def test_a_replacement_killed_at_its_end_is_finished_at_the_next_start(
+    hub: EstTwin, data_dir: Path, tmp_path: Path, gone: tuple[str, ...]
+) -> None:
+    old = identity.enroll(hub.token(), data_dir).folder.path
+    seen_releases(identity.load(data_dir))
+    shutil.copytree(old, tmp_path / "old")
+    after = identity.enroll(hub.token(), data_dir, replace=True)
+    old.rename(
+        identity.draft(data_dir).path
+    )  # killed before the first step: the draft is whole, the old one still there
+    shutil.copytree(tmp_path / "old", old)
+    for name in gone:
+        shutil.rmtree(old / name) if (old / name).is_dir() else (old / name).unlink()
+    for _ in range(2):
+        identity.settle(data_dir)
+    assert identity.load(data_dir).identity.certificate_der == after.identity.certificate_der
+    assert (old / "tuf" / "trusted" / "timestamp.json").read_bytes() == b"version 7"
+    assert not identity.draft(data_dir).path.exists()
+
+
 def test_a_hub_with_another_ca_is_refused_before_the_secret_is_sent(hub: EstTwin, data_dir: Path) -> None:
     with pytest.raises(TrustError, match="another CA"):
         identity.enroll(hub.token(ca=TestAuthority("elsewhere")), data_dir)
@@ -184,7 +248,7 @@ def test_a_half_done_enrolment_goes_on_with_the_same_token_and_key(hub: EstTwin,
     with pytest.raises(LinkError, match="503") as caught:
         identity.enroll(hub.token(), data_dir)
     assert "same token" in caught.value.advice
-    key = identity.folder(data_dir).key.read_bytes()
+    key = identity.draft(data_dir).key.read_bytes()
     hub.refuse = None
     identity.enroll(hub.token(), data_dir)
     assert identity.folder(data_dir).key.read_bytes() == key

@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from edge_agent import findings as kept
+from edge_agent import infer
 from edge_agent.infer import NotForUsError, Reader, abstain_reason, judge
 from edge_agent.providers import (
     CPU,
@@ -22,12 +27,16 @@ from edge_agent.providers import (
     first_passing,
     gpu_identity,
     options,
+    parted,
+    runs,
 )
 from fleet_link.errors import SiteError
-from models.bundle import SHIPPED, BundleParts, read_bundle, write_bundle
+from models.adaptive import Calibration, bundled
+from models.bundle import OUTPUT_NAMES, SHIPPED, Bundle, BundleParts, read_bundle, write_bundle
 from models.errors import BundleError
 from models.phantoms import LABELS, phantom
 from models.preprocess import Prepared, Volume, prepare
+from models.spec import Variant
 from tests.edge_agent.report_support import open_reader
 
 SHAPES = GraphShapes(batch=3, slices=12, smallest=96, largest=96)
@@ -108,7 +117,8 @@ def judged(reader: Reader, logits: list[float], maps_SKhw: np.ndarray | None = N
     task = msgspec.structs.replace(task, temperature=1.0, conformal_threshold=0.2)
     manifest = msgspec.structs.replace(manifest, ood_threshold=2.0)
     maps_SKhw = np.zeros((1, 3, 12, 12)) if maps_SKhw is None else maps_SKhw
-    return judge(manifest, task, prepare(phantom("XR", "normal", 1).volume, spec), outputs(logits, maps_SKhw, ood))
+    prepared = prepare(phantom("XR", "normal", 1).volume, spec)
+    return judge(manifest, task, prepared, outputs(logits, maps_SKhw, ood), bundled(task))
 
 
 def test_one_plausible_label_is_an_answer(reader: Reader) -> None:
@@ -139,6 +149,21 @@ def test_a_strange_image_abstains_even_where_one_label_is_sure(reader: Reader) -
 def test_no_plausible_label_abstains() -> None:
     assert abstain_reason((), 0.0, 1.0) == "no label is plausible enough"
     assert abstain_reason(("nodule",), 1.0, 1.0) == ""
+
+
+@pytest.mark.parametrize(("logit", "ood"), [(np.nan, 0.5), (np.inf, 0.5), (1.0, np.nan)])
+def test_outputs_that_are_no_numbers_are_no_result(reader: Reader, logit: float, ood: float) -> None:
+    with pytest.raises(SiteError, match="not finite"):
+        judged(reader, [0.0, logit, 0.0], ood=ood)
+
+
+def test_it_is_judged_by_the_calibration_it_is_given(reader: Reader) -> None:
+    volume = phantom("XR", "nodule", 7).volume
+    own, wide = reader.read(volume), reader.read(volume, lambda task: Calibration(4.0, 0.0, 9))
+    assert own.calibration == bundled(reader.bundle.manifest.tasks[0])
+    assert wide.calibration == Calibration(4.0, 0.0, 9)
+    assert len(own.prediction_set) < len(wide.prediction_set) == 3
+    assert wide.probability < own.probability
 
 
 def test_the_map_is_evidence_against_the_other_labels_times_probability(reader: Reader) -> None:
@@ -228,7 +253,7 @@ def test_a_provider_that_computes_wrongly_is_refused(tmp_path: Path) -> None:
     write_bundle(
         path, BundleParts(bundle.manifest, bundle.onnx, bundle.weights, bundle.known_inputs, wrong, bundle.card)
     )
-    with pytest.raises(SiteError, match="known-answer batch is wrong: logits_BK"):
+    with pytest.raises(BundleError, match="known-answer batch is wrong: logits_BK"):
         Reader.open(path, [CPU], 1, tmp_path)
 
 
@@ -239,7 +264,7 @@ def test_a_graph_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
         bundle.manifest, b"no graph", bundle.weights, bundle.known_inputs, bundle.known_outputs, bundle.card
     )
     write_bundle(path, parts)
-    with pytest.raises(SiteError, match="does not start"):
+    with pytest.raises(BundleError, match="graph is not taken"):
         Reader.open(path, [CPU], 1, tmp_path)
 
 
@@ -268,6 +293,75 @@ def test_a_defect_of_ours_is_not_taken_for_a_missing_provider() -> None:
 
     with pytest.raises(KeyError):
         first_passing([CUDA, CPU], attempt)
+
+
+# --- a provider that fails while it reads. There is no GPU here: fake session objects stand for the failing provider.
+
+
+class FakeSessionOfAnExhaustedGpu:
+    """Has passed its known answers; from then on every run says what CUDA says when its memory is full."""
+
+    def run(self, names: object, inputs: object) -> list[object]:
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+
+def failing_reader(tmp_path: Path, broken: dict[str, object], providers: tuple[str, ...]) -> tuple[Reader, list[str]]:
+    """A Reader on real CPU sessions, but for the providers in `broken`; and which ones were tried, in order."""
+    bundle = read_bundle(SHIPPED)
+    tried: list[str] = []
+
+    def attempt(provider: str) -> object:
+        tried.append(provider)
+        if isinstance(broken.get(provider), Exception):
+            raise broken[provider]  # type: ignore[misc]
+        return broken.get(provider) or infer._open_session(bundle, 1, tmp_path, CPU)
+
+    return Reader(bundle, providers, attempt), tried
+
+
+def test_a_fake_gpu_session_out_of_memory_hands_the_same_series_to_the_cpu(
+    tmp_path: Path, reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus: dict[str, object] = {TENSORRT: FakeSessionOfAnExhaustedGpu(), CUDA: ProviderError("the driver is gone")}
+    falling, tried = failing_reader(tmp_path, gpus, (TENSORRT, CUDA, CPU))
+    assert (falling.provider, falling.trouble) == (TENSORRT, "")
+    volume = phantom("XR", "nodule", 5).volume
+    found = falling.read(volume)
+    assert (found.provider, falling.provider) == (CPU, CPU)
+    assert found.labels == reader.read(volume).labels
+    falling.read(volume)
+    assert tried == [TENSORRT, CUDA, CPU]  # each once: the next series stays on the CPU
+    assert falling.trouble.startswith(f"{TENSORRT} failed while reading; {CPU} reads since")
+    assert sum("failed while reading" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_fake_gpu_that_then_computes_wrongly_is_passed_over(tmp_path: Path) -> None:
+    gpus: dict[str, object] = {TENSORRT: FakeSessionOfAnExhaustedGpu(), CUDA: BundleError("the known answer is wrong")}
+    falling, _ = failing_reader(tmp_path, gpus, (TENSORRT, CUDA, CPU))
+    assert falling.read(phantom("XR", "normal", 1).volume).provider == CPU
+
+
+def test_a_fake_gpu_without_a_cpu_behind_it_fails_the_series_and_is_tried_anew_for_the_next(tmp_path: Path) -> None:
+    broken: dict[str, object] = {CUDA: FakeSessionOfAnExhaustedGpu()}
+    falling, tried = failing_reader(tmp_path, broken, (CUDA,))
+    volume = phantom("XR", "normal", 1).volume
+    with pytest.raises(SiteError, match="out of memory"):
+        falling.read(volume)
+    del broken[CUDA]  # whoever held the memory has gone
+    assert falling.read(volume).provider == CUDA
+    assert tried == [CUDA, CUDA]
+
+
+def test_a_fake_gpu_with_nothing_sound_behind_it_fails_the_series_with_every_reason(tmp_path: Path) -> None:
+    broken: dict[str, object] = {CUDA: FakeSessionOfAnExhaustedGpu(), CPU: BundleError("wrong answer")}
+    falling, _ = failing_reader(tmp_path, broken, (CUDA, CPU))
+    with pytest.raises(SiteError, match="wrong answer"):
+        falling.read(phantom("XR", "normal", 1).volume)
+
+
+def test_onnx_runtime_does_not_change_the_provider_in_silence(tmp_path: Path) -> None:
+    session = infer._open_session(read_bundle(SHIPPED), 1, tmp_path, CPU)
+    assert session._enable_fallback is False
 
 
 def test_tensorrt_options_without_the_library(tmp_path: Path) -> None:
@@ -315,3 +409,131 @@ def test_prepared_keeps_the_source_of_each_slice(reader: Reader) -> None:
     prepared: Prepared = prepare(long, spec)
     assert np.array_equal(found.source_index_S, prepared.source_index_S)
     assert found.source_index_S.max() > 12
+
+
+# --- variants
+
+
+def variant(bundle: Bundle, precision: str, *providers: str, tolerance: float = 0.05) -> Variant:
+    return Variant(
+        precision=precision,
+        form="by hand",
+        made_from=bundle.manifest.members["model.onnx"],
+        providers=providers,
+        tolerance=tolerance,
+        measured_on="nothing",
+        examples=1,
+        correct_before=1,
+        correct_after=1,
+        speed_by_threads={},
+    )
+
+
+def with_int8(path: Path, graph: bytes | None = None) -> Path:
+    """The shipped bundle with an int8 graph for the CPU: the fp32 one under another name unless one is given."""
+    bundle = read_bundle(SHIPPED)
+    manifest = msgspec.structs.replace(bundle.manifest, variants=(variant(bundle, "int8", CPU),))
+    write_bundle(
+        path,
+        BundleParts(
+            manifest,
+            bundle.onnx,
+            bundle.weights,
+            bundle.known_inputs,
+            bundle.known_outputs,
+            bundle.card,
+            {"int8": graph or bundle.onnx},
+        ),
+    )
+    return path
+
+
+def harmed(change: Callable[[onnx.ModelProto], None]) -> bytes:
+    model = onnx.load_from_string(read_bundle(SHIPPED).onnx)
+    change(model)
+    return model.SerializeToString()
+
+
+def scale_head(factor: float) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        head = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
+        head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(factor), head.name))
+
+    return change
+
+
+def drop_last_label(model: onnx.ModelProto) -> None:
+    """logits_BK without its last column."""
+    for node in model.graph.node:
+        node.output[:] = ["all_logits" if name == OUTPUT_NAMES[0] else name for name in node.output]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(8), "kept"))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["all_logits", "kept"], [OUTPUT_NAMES[0]], axis=1))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
+
+
+def test_runs_are_the_providers_with_their_variants_first() -> None:
+    bundle = read_bundle(SHIPPED)
+    variants = [variant(bundle, "int8", CPU), variant(bundle, "fp16", CUDA, TENSORRT)]
+    expected = (f"{TENSORRT} fp16", TENSORRT, f"{CUDA} fp16", CUDA, f"{CPU} int8", CPU)
+    assert runs([TENSORRT, CUDA, CPU], variants) == expected
+    assert runs([CUDA, CPU], ()) == (CUDA, CPU)
+    assert (parted(f"{CPU} int8"), parted(CUDA)) == ((CPU, "int8"), (CUDA, "fp32"))
+
+
+def test_tensorrt_computes_in_half_precision_for_that_variant_only(tmp_path: Path) -> None:
+    assert options(TENSORRT, precision="fp16", cache_folder=tmp_path, shapes=SHAPES)["trt_fp16_enable"] == "1"
+    assert options(TENSORRT, cache_folder=tmp_path, shapes=SHAPES)["trt_fp16_enable"] == "0"
+
+
+def test_a_variant_for_the_cpu_reads_and_the_findings_say_so(tmp_path: Path) -> None:
+    path = with_int8(tmp_path / "int8.bundle")
+    reader = Reader.open(path, [CPU], 1, tmp_path)
+    found = reader.read(phantom("XR", "nodule", 7).volume)
+    assert reader.provider == found.provider == f"{CPU} int8"
+    assert Reader.open(path, [CPU], 1, tmp_path, "fp32").provider == CPU
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (scale_head(2.0), "known-answer batch is wrong"),
+        (scale_head(float("nan")), "known-answer batch is wrong"),
+        (drop_last_label, "gives no logits_BK of shape"),
+    ],
+)
+def test_a_variant_that_computes_wrongly_leaves_its_provider_to_fp32(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[onnx.ModelProto], None], reason: str
+) -> None:
+    caplog.set_level("INFO")
+    reader = Reader.open(with_int8(tmp_path / "int8.bundle", harmed(change)), [CPU], 1, tmp_path)
+    assert reader.provider == CPU
+    assert f"{CPU} int8 is not used: " in caplog.text
+    assert reason in caplog.text
+
+
+def test_a_variant_that_is_no_graph_leaves_its_provider_to_fp32(tmp_path: Path) -> None:
+    assert Reader.open(with_int8(tmp_path / "int8.bundle", b"no graph"), [CPU], 1, tmp_path).provider == CPU
+
+
+def test_a_variant_whose_outputs_are_not_finite_leaves_the_series_to_fp32(tmp_path: Path) -> None:
+    bundle = read_bundle(SHIPPED)
+    right = bundle.known_outputs
+    opened = []
+
+    class Overflowing:
+        """Half precision on an image it cannot hold."""
+
+        def run(self, names: object, inputs: object) -> list[np.ndarray]:
+            return [np.full_like(right[name], np.inf) for name in OUTPUT_NAMES]
+
+        def get_outputs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(name=name) for name in OUTPUT_NAMES]
+
+    def attempt(run: str) -> Any:
+        opened.append(run)
+        return Overflowing() if run == f"{CPU} int8" else infer._open_session(bundle, 1, tmp_path, run)
+
+    reader = Reader(bundle, [f"{CPU} int8", CPU], attempt)
+    assert reader.read(phantom("XR", "nodule", 7).volume).provider == CPU
+    assert opened == [f"{CPU} int8", CPU]
+    assert "int8 failed while reading" in reader.trouble

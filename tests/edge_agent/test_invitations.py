@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import invitations, learn
-from edge_agent.rounds import GIVE_UP_AFTER_S, State
+from edge_agent import invitations, learn, ledger
+from edge_agent.rounds import GIVE_UP_AFTER_S, Event, State
+from fleet_link.messages import RoundAnswer
 from tests.edge_agent.link_support import Box, make_box, make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
@@ -24,7 +25,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
 
 def invite(box: Box, **changes: object) -> None:
     plan = make_plan(str(changes.pop("base_digest", box.holder.current.digest)), b"k" * 32, **changes)
-    invitations.take(box.db, box.config, plan, NOW)
+    invitations.take(box.db, box.config, "box-1", plan, NOW)
 
 
 def collect(box: Box) -> None:
@@ -88,3 +89,52 @@ def test_the_clock_closes_what_is_left_open(box: Box) -> None:
     assert box.state_of("round-1") == State.DECLINED
     invitations.close_expired(box.db, box.data_dir, NOW + 10 + GIVE_UP_AFTER_S)
     assert box.state_of("round-1") == State.CLOSED
+
+
+# --- a hub restored from a backup -----------------------------------------------------------------
+
+
+def deliver(box: Box) -> Path:
+    """As far as the hub's receipt for the update; the answers were received too."""
+    for number in range(3):
+        box.add_reviewed(f"p{number}", bright=True, label="nodule")
+    collect(box)
+    invite(box)
+    update = box.data_dir / "updates" / "round-1.sealed"
+    update.parent.mkdir()
+    update.write_bytes(b"sealed")
+    offer = ledger.offer_of(update, "round-1", "box-1")
+    sealed = ledger.Outcome(update=offer, update_path="updates/round-1.sealed")
+    ledger.apply(box.db, box.data_dir, "round-1", Event.SEALED, NOW, sealed)
+    ledger.apply(box.db, box.data_dir, "round-1", Event.ACCEPTED, NOW)
+    box.db.execute("DELETE FROM link_outbox")
+    return update
+
+
+def answers(box: Box) -> list[tuple[bool, str]]:
+    return [(said.joins, said.reason) for said in ledger.pending(box.db) if isinstance(said, RoundAnswer)]
+
+
+def test_a_delivered_update_that_the_hub_forgot_is_offered_again(box: Box) -> None:
+    update = deliver(box)
+    for _ in range(2):
+        invite(box)
+        assert box.state_of("round-1") == State.UPLOADING
+    assert answers(box) == [(True, "")]
+    (transfer,) = box.rows("transfers_out")
+    assert (transfer["path"], transfer["size"]) == ("updates/round-1.sealed", update.stat().st_size)
+
+
+def test_a_delivered_update_that_is_gone_is_declined_with_the_reason(box: Box) -> None:
+    deliver(box).unlink()
+    invite(box)
+    assert box.state_of("round-1") == State.DECLINED
+    assert answers(box) == [(False, "this box has delivered its update and does not have it any more")]
+
+
+def test_a_closed_round_is_declined_with_the_reason(box: Box) -> None:
+    deliver(box)
+    ledger.apply(box.db, box.data_dir, "round-1", Event.CLOSED_BY_HUB, NOW)
+    invite(box)
+    assert box.state_of("round-1") == State.CLOSED
+    assert answers(box) == [(False, "the round is over on this box")]

@@ -17,14 +17,15 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from edge_agent import learn, ledger
+from edge_agent import database, learn, ledger
 from edge_agent.learner import Learner
 from edge_agent.rounds import Event, State
 from fleet_link import sealing
 from fleet_link.errors import SiteError
 from models import delta
-from models.bundle import read_bundle
+from models.bundle import BundleParts, read_bundle, write_bundle
 from models.preprocess import Volume
+from models.spec import IMPORTED
 from tests.edge_agent.link_support import Box, make_box, make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
@@ -91,6 +92,28 @@ def test_the_split_is_by_patient_and_near_the_fraction() -> None:
     assert 0.22 < sides.count("heldout") / 2000 < 0.28
 
 
+def test_only_verdicts_on_the_newest_result_teach(box: Box) -> None:
+    """Late images reopen a series: its old verdict teaches nothing until the new result is reviewed."""
+    series_no = box.add_reviewed("p1", bright=True, label="nodule")
+    collect(box)
+    box.db.execute("UPDATE examples SET split = 'train'")
+    assert len(learn.examples(box.db, ("XR",), "train")) == 1
+    box.db.execute("UPDATE series SET state = 'due'")
+    assert learn.examples(box.db, ("XR",), "train") == []
+    box.db.execute("UPDATE series SET state = 'reported', version = 2")
+    box.db.execute(
+        "INSERT INTO results SELECT 90, series_no, 2, bundle_digest, 0, provider, '{}', '', 0, 0, 0 FROM results"
+    )
+    assert learn.examples(box.db, ("XR",), "train") == []
+    box.db.execute(
+        "INSERT INTO reviews(result_no, series_no, verdict, label, reviewer, reviewed_at)"
+        " VALUES (90, ?, 'accepted', 'normal', 'r', 0)",
+        (series_no,),
+    )
+    collect(box)
+    assert [example.label for example in learn.examples(box.db, ("XR",), "train")] == ["normal"]
+
+
 def test_layout_for_the_child(box: Box, tmp_path: Path) -> None:
     for number in range(4):
         box.add_reviewed(f"p{number}", bright=True, label="nodule")
@@ -155,6 +178,13 @@ def test_a_child_that_takes_too_long(tmp_path: Path) -> None:
 def test_a_child_that_fails_says_why(tmp_path: Path, script: str, reason: str) -> None:
     with pytest.raises(SiteError, match=reason):
         learn.run_child(["sh", "-c", script], tmp_path, 60.0, lambda: False)
+
+
+def test_a_child_without_space_is_this_sites_trouble(tmp_path: Path) -> None:
+    """/dev/full is a disk without space."""
+    with pytest.raises(SiteError, match="disk is full") as caught:
+        learn.run_child(["sh", "-c", "cat /proc/self/stat > /dev/full"], tmp_path, 60.0, lambda: False)
+    assert not isinstance(caught.value, learn.CannotTrainError)
 
 
 @pytest.mark.slow
@@ -273,6 +303,89 @@ def test_a_round_without_its_base_is_declined(box: Box) -> None:
     start_round(box, b"k" * 1216, base_digest="b" * 64)
     learner(box).step(box.db, Never())  # type: ignore[arg-type]
     assert "no longer on this box" in box.rows("rounds")[0]["reason"]
+
+
+def test_a_round_on_an_imported_network_is_declined(box: Box) -> None:
+    base = read_bundle(box.shipped)
+    manifest = msgspec.structs.replace(base.manifest, name="elsewhere", network=IMPORTED)
+    parts = BundleParts(manifest, base.onnx, {}, base.known_inputs, base.known_outputs, base.card)
+    digest = write_bundle(box.data_dir / "bundles" / "imported.bundle", parts)
+    box.db.execute("INSERT INTO bundles VALUES (?, 2, 'bundles/imported.bundle', 'previous', '', 0.0)", (digest,))
+    start_round(box, b"k" * 1216, base_digest=digest)
+    learner(box).step(box.db, Never())  # type: ignore[arg-type]
+    assert box.state_of("round-1") == State.DECLINED
+    (answer,) = ledger.pending(box.db)
+    assert "elsewhere is an imported network: not trainable" in answer.reason  # type: ignore[union-attr]
+
+
+def open_round(box: Box, tmp_path: Path) -> None:
+    for number in range(8):
+        box.add_reviewed(f"p{number}", bright=True, label="nodule")
+    start_round(box, sealing.public_bytes(sealing.new_sealing_key(tmp_path / "key")))
+
+
+def test_a_disk_that_refuses_leaves_the_round_open_and_is_told_once(
+    box: Box, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.learner.RETRY_S", 0.0)
+    open_round(box, tmp_path)
+    (box.data_dir / "learning").write_bytes(b"no folder can be made here")
+    working = learner(box)
+    for _ in range(2):
+        working.step(box.db, Never())  # type: ignore[arg-type]
+    assert box.state_of("round-1") == State.TRAINING
+    (alarm,) = database.alarms(box.db)
+    assert alarm.startswith("round round-1 waits: the disk refuses: ")
+    assert caplog.text.count("round round-1 waits") == 1
+    assert "free some space" in caplog.text
+    ledger.apply(box.db, box.data_dir, "round-1", Event.DEADLINE, time.time())
+    assert database.alarms(box.db) == []
+
+
+def test_training_is_tried_again_after_a_pause(box: Box, tmp_path: Path) -> None:
+    open_round(box, tmp_path)
+    (box.data_dir / "learning").write_bytes(b"no folder can be made here")
+    working = learner(box)
+    working.step(box.db, Never())  # type: ignore[arg-type]
+    (box.data_dir / "learning").unlink()
+    working.step(box.db, Never())  # type: ignore[arg-type]
+    assert not (box.data_dir / "learning").exists()
+
+
+def test_an_update_that_cannot_be_written_leaves_the_round_open(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_round(box, tmp_path)
+    report = learn.Report(8, 0, 0, 0, 1.0, 1)
+    trained = {name: value + 1 for name, value in read_bundle(box.shipped).weights.items()}
+    monkeypatch.setattr(learn, "train", lambda *_: learn.Trained(trained, report))
+    monkeypatch.setattr("edge_agent.learner.RETRY_S", 0.0)
+    (box.data_dir / "updates").write_bytes(b"no folder")
+    working = learner(box)
+    working.step(box.db, Never())  # type: ignore[arg-type]
+    assert box.state_of("round-1") == State.TRAINING
+    assert database.alarms(box.db)
+    (box.data_dir / "updates").unlink()
+    working.step(box.db, Never())  # type: ignore[arg-type]
+    assert box.state_of("round-1") == State.UPLOADING
+    assert database.alarms(box.db) == []
+
+
+def test_an_example_that_cannot_be_kept_is_made_later(
+    box: Box, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_agent.learner.RETRY_S", 0.0)
+    box.add_reviewed("p1", bright=True, label="nodule")
+    (box.data_dir / "examples").write_bytes(b"no folder")
+    working = learner(box)
+    for _ in range(2):
+        working.step(box.db, Never())  # type: ignore[arg-type]
+    assert box.rows("examples") == []
+    assert len(database.alarms(box.db)) == caplog.text.count("learning from verdicts waits") == 1
+    (box.data_dir / "examples").unlink()
+    working.step(box.db, Never())  # type: ignore[arg-type]
+    assert len(box.rows("examples")) == 1
+    assert database.alarms(box.db) == []
 
 
 def test_outside_its_hours_the_box_waits(tmp_path: Path, authority: TestAuthority) -> None:

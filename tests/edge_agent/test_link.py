@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from edge_agent import bundles, database, learn, ledger, update
-from edge_agent.learner import offer_of
 from edge_agent.link import Link
 from edge_agent.releases import Installer
 from edge_agent.rounds import Event, State
@@ -45,6 +44,7 @@ class House:
     broker: Mosquitto
     hub: HubTwin
     box: Box
+    clock_offset_s: float = 0.0
     _stop: threading.Event | None = None
     _thread: threading.Thread | None = None
 
@@ -55,7 +55,10 @@ class House:
         heard = len(self.hub.of(Heartbeat))
         self._stop = threading.Event()
         self._thread = threading.Thread(
-            target=Link(self.box.config, self.box.enrolled, self.box.holder).run, args=(self._stop,)
+            target=Link(
+                self.box.config, self.box.enrolled, self.box.holder, lambda: time.time() + self.clock_offset_s
+            ).run,
+            args=(self._stop,),
         )
         self._thread.start()
         if hub_is_there:
@@ -113,7 +116,7 @@ def seal(house: House, round_id: str = "round-1", size: int = 2) -> bytes:
     sealed = update.build(before, after, found.plan, box.enrolled.identity, 6).sealed
     path = f"updates/{round_id}.sealed"
     write_durably(box.data_dir / path, sealed)
-    offer = offer_of(box.data_dir / path, found, DEVICE)
+    offer = ledger.offer_of(box.data_dir / path, round_id, DEVICE)
     ledger.apply(
         box.db, box.data_dir, round_id, Event.SEALED, time.time(), ledger.Outcome(update=offer, update_path=path)
     )
@@ -255,6 +258,62 @@ def test_a_lost_update_file_is_trained_again(house: House) -> None:
     assert house.box.rows("transfers_out") == []
     seal(house)
     house.until(lambda: house.box.state_of("round-1") == State.DELIVERED)
+
+
+def test_a_hub_that_forgot_the_update_gets_it_again(house: House) -> None:
+    """Restored from a backup, it invites anew; round ids are of the shape r0001-<8 hex>."""
+    round_id = "r0001-0123abcd"
+    join(house, round_id=round_id)
+    sealed = seal(house, round_id)
+    house.until(lambda: house.box.state_of(round_id) == State.DELIVERED)
+    house.hub.updates.clear()
+    house.hub.heard.clear()
+    house.hub.say(house.plan(round_id=round_id))
+    house.until(lambda: house.hub.of(RoundAnswer) and round_id in house.hub.updates)
+    assert house.hub.of(RoundAnswer)[0].joins
+    assert house.hub.updates[round_id] == sealed
+    house.until(lambda: house.box.state_of(round_id) == State.DELIVERED)
+
+
+# --- what stands in the way -----------------------------------------------------------------------
+
+
+def test_a_bad_file_silences_no_heartbeat(house: House) -> None:
+    """An update that lies there as a folder cannot be read; the link's other work goes on, and the hub hears of it."""
+    (house.box.data_dir / "updates" / "odd.sealed").mkdir(parents=True)
+    size = (house.box.data_dir / "updates" / "odd.sealed").stat().st_size
+    house.box.db.execute(
+        "INSERT INTO transfers_out VALUES (?, 'update', 'odd', 'updates/odd.sealed', ?, ?, 0)",
+        ("5" * 32, "a" * 64, size),
+    )
+    house.start_link()
+    house.until(lambda: "odd.sealed" in house.alarms())
+    house.hub.say(house.plan())
+    house.until(lambda: house.hub.of(RoundAnswer))
+
+
+def test_a_message_that_cannot_be_sent_silences_no_heartbeat(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.box.db.execute("INSERT INTO link_outbox VALUES (?, ?, 0)", ("5" * 32, b"of a newer software"))
+    house.start_link()
+    house.until(lambda: len(house.hub.of(Heartbeat)) >= 3)
+    assert caplog.text.count("not a message of this fleet") == 1
+
+
+def test_what_waits_for_the_site_is_told_at_once(tmp_path: Path, house: House) -> None:
+    house.box.config = make_box(tmp_path, house.authority, house.broker.port, hub={"heartbeat_s": 1000.0}).config
+    house.start_link()
+    database.raise_alarm(house.box.db, "release 2", "release 2 waits: no space", time.time())
+    house.until(lambda: "release 2 waits: no space" in house.alarms())
+    database.end_alarm(house.box.db, "release 2")
+    house.until(lambda: house.alarms() == "")
+
+
+def test_the_site_says_where_the_hub_is_now(tmp_path: Path, house: House) -> None:
+    """The hub of the enrolment is gone: another name, another port."""
+    moved = {"url": "https://localhost:8443", "mqtt_port": house.broker.port, "heartbeat_s": 0.5}
+    house.box = make_box(tmp_path, house.authority, 1, hub=moved)
+    house.start_link()
+    assert house.hub.of(Heartbeat)
 
 
 # --- store and forward ----------------------------------------------------------------------------
@@ -448,7 +507,7 @@ def test_a_replayed_message_is_dropped_also_after_a_restart(house: House, caplog
     house.until(lambda: house.hub.of(RoundAnswer))
     house.box.db.execute("DELETE FROM rounds")
     house.hub.put(said)
-    house.until(lambda: "seen before" in caplog.text)
+    house.until(lambda: "came again" in caplog.text)
     house.stop_link()
     caplog.clear()
     house.start_link()
@@ -487,3 +546,13 @@ def test_an_update_offer_from_the_hub_is_refused(house: House) -> None:
     house.until(lambda: house.hub.of(TransferReceipt))
     assert not house.hub.of(TransferReceipt)[0].accepted
     assert msgspec.structs.asdict(house.hub.of(TransferReceipt)[0])["transfer_id"] == "1" * 32
+
+
+def test_a_clock_set_back_before_a_restart_never_lowers_the_sequence(house: House) -> None:
+    house.start_link()
+    house.stop_link()
+    before = len(house.hub.sequences)
+    house.clock_offset_s = -600.0
+    house.start_link()
+    assert len(house.hub.sequences) > before
+    assert house.hub.sequences == sorted(set(house.hub.sequences))

@@ -4,11 +4,12 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 
-from edge_agent import catalog, config, database, decode, instances, pipeline
+from edge_agent import catalog, config, database, decode, instances, pipeline, status
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.infer import Reader
 from edge_agent.pipeline import ATTEMPT, MAX_ATTEMPTS, Pipeline
@@ -90,6 +91,89 @@ def test_a_failed_series_that_is_sent_again_is_tried_again(box: Box, tmp_path: P
     assert taken.step(db)
     assert _states(db) == ["reported", "reported"]
     assert db.execute("SELECT instance_count FROM series WHERE series_no = 1").fetchone()[0] == 1
+
+
+def _receive(db: sqlite3.Connection, data_dir: Path, content: bytes) -> catalog.Admission:
+    kept = instances.keep(data_dir, [content], min_free_bytes=0)
+    header = instances.read_file_header(data_dir / kept.path)
+    return catalog.add_instance(db, header, kept, calling_ae="CR", now=time.time() - 1)
+
+
+def _cut_short(taken: Pipeline, db: sqlite3.Connection, tmp_path: Path) -> bytes:
+    """A third series whose pixels end too early; gives the whole file."""
+    while taken.step(db):
+        pass
+    (path,) = write_series(phantom("XR", "nodule", 3), tmp_path / "sent", patient_seed=3)
+    whole = path.read_bytes()
+    _receive(db, tmp_path, whole[:-1000])
+    return whole
+
+
+def test_a_whole_copy_repairs_a_series_that_came_cut_short(box: Box, tmp_path: Path) -> None:
+    taken, db = box
+    whole = _cut_short(taken, db, tmp_path)
+    assert taken.step(db)
+    assert _states(db)[2] == "failed"
+    assert _receive(db, tmp_path, whole).outcome is catalog.Outcome.CATALOGED
+    assert taken.step(db)
+    assert _states(db)[2] == "reported"
+    (old,) = catalog.quarantined(db)
+    assert (tmp_path / old.path).read_bytes() == whole[:-1000]  # nothing is lost
+
+
+def test_a_whole_copy_that_comes_before_the_short_one_is_read_repairs_it_too(box: Box, tmp_path: Path) -> None:
+    taken, db = box
+    whole = _cut_short(taken, db, tmp_path)
+    assert _receive(db, tmp_path, whole).outcome is catalog.Outcome.QUARANTINED
+    assert taken.step(db)
+    assert taken.step(db)
+    assert _states(db)[2] == "reported"
+
+
+def test_beside_a_series_that_was_read_other_bytes_are_set_aside(box: Box, tmp_path: Path) -> None:
+    taken, db = box
+    whole = _cut_short(taken, db, tmp_path)
+    first = tmp_path / db.execute("SELECT path FROM instances WHERE series_no = 1").fetchone()["path"]
+    assert _receive(db, tmp_path, first.read_bytes()[:-1000]).outcome is catalog.Outcome.QUARANTINED
+    assert _states(db)[0] == "reported"
+    assert whole
+
+
+class FakeSessionOfAnExhaustedGpu:
+    """There is no GPU here: stands for a CUDA session that has passed its known answers and then runs out of memory."""
+
+    def run(self, names: object, inputs: object) -> list[object]:
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+
+def test_a_fake_gpu_out_of_memory_fails_no_series_and_is_an_alarm_until_the_next_start(
+    box: Box, tmp_path: Path
+) -> None:
+    taken, db = box
+    reader, cpu = taken._holder.current.reader, "CPUExecutionProvider"
+    sessions = {"CUDAExecutionProvider": FakeSessionOfAnExhaustedGpu(), cpu: reader._session}
+    falling = Reader(reader.bundle, tuple(sessions), sessions.__getitem__)
+    taken._holder.swap(Active(falling, reader.bundle.digest, 0))
+    _run_until(taken, lambda: _states(db) == ["reported", "reported"] and database.alarms(db) != [])
+    assert [row["provider"] for row in db.execute("SELECT provider FROM results")] == [cpu, cpu]
+    (alarm,) = database.alarms(db)
+    assert alarm.startswith("CUDAExecutionProvider failed while reading; CPUExecutionProvider reads since")
+    assert alarm in status.gather(taken._config).alarms
+
+    again = Pipeline(taken._config, ActiveBundle(Active(reader, reader.bundle.digest, 0)), time.time)
+    _run_until(again, lambda: database.alarms(db) == [])
+
+
+def _run_until(taken: Pipeline, fact: Callable[[], bool]) -> None:
+    stop = Event()
+    thread = Thread(target=taken.run, args=(stop,))
+    thread.start()
+    deadline = time.monotonic() + 60.0
+    while not fact() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stop.set()
+    thread.join()
+    assert fact()
 
 
 def _once(error: Exception, then: Callable[..., Any]) -> Callable[..., Any]:

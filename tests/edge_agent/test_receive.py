@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +27,7 @@ from pydicom.uid import (
 )
 from pynetdicom import AE
 
-from edge_agent import catalog, decode, instances, receive
+from edge_agent import catalog, decode, instances, receive, retention
 from edge_agent.catalog import State
 from edge_agent.database import connect
 from fleet_link.errors import SiteError
@@ -413,6 +415,61 @@ def test_stop_ends_open_associations(tmp_path: Path) -> None:
     scp.wait_for(lambda: not association.is_alive())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", scp.port))
+
+
+def test_stop_ends_a_caller_that_has_not_asked_for_an_association(tmp_path: Path) -> None:
+    scp = receive.StorageScp(make_config(tmp_path), lambda: None)
+    scp.start()
+    with socket.create_connection(("127.0.0.1", scp.port)) as caller:
+        server = scp._server
+        assert server is not None
+        while not server.active_associations:
+            time.sleep(0.01)
+        scp.stop()
+        assert server.active_associations == []
+        assert _closed_by_peer(caller)
+
+
+def test_stop_lets_who_is_storing_finish(tmp_path: Path) -> None:
+    images = [ct_slice("1.2.3.4", position=position) for position in range(40)]
+    db = connect(tmp_path)
+    scp = receive.StorageScp(make_config(tmp_path), lambda: None)
+    scp.start()
+    _, association = _established(scp.port)
+    answers = [_store(association, images[0])]
+    stopping = threading.Thread(target=scp.stop)
+    stopping.start()
+    answers += [_store(association, ds) for ds in images[1:]]
+    association.release()
+    stopping.join()
+    assert answers == [0x0000] * 40
+    assert association.is_released
+    assert db.execute("SELECT COUNT(*) FROM instances").fetchone()[0] == 40
+    db.close()
+
+
+def _store(association: Any, ds: Any) -> int:
+    if not association.is_established:
+        return -1
+    return store_raw(association, encoded(ds), SOPClassUID=CTImageStorage, SOPInstanceUID=ds.SOPInstanceUID)
+
+
+def test_a_twin_that_retention_deletes_meanwhile_is_written_again(
+    scp: RunningScp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds = ct_slice("1.2.3.4")
+    assert raw(scp, encoded(ds), SOPInstanceUID=ds.SOPInstanceUID) == 0x0000
+    scp.db.execute("INSERT INTO removals VALUES (1, 0.0, 0)")
+    add_instance = catalog.add_instance
+
+    def after_retention(*args: Any, **kwargs: Any) -> catalog.Admission:
+        retention.remove_next(args[0], scp.data_dir)
+        return add_instance(*args, **kwargs)
+
+    monkeypatch.setattr(catalog, "add_instance", after_retention)
+    assert raw(scp, encoded(ds), SOPInstanceUID=ds.SOPInstanceUID) == 0x0000
+    assert len(files(scp)) == 1
+    assert instances.open(scp.db, scp.data_dir, 1) == tuple(files(scp))
 
 
 # --- kill -9, and every file we have ---

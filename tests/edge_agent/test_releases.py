@@ -1,19 +1,23 @@
 """Releases: what TUF does not vouch for, what is damaged, what is worse here; and the swap."""
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from edge_agent import bundles, ledger, releases
+from edge_agent import bundles, database, hub_change, ledger, releases
 from edge_agent.releases import Evaluation, Installer
+from edge_agent.rounds import Event
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.messages import ReleaseReport
-from tests.edge_agent.link_support import Box, Releases, make_box, write_brightness_bundle
+from models import bundle as bundle_file
+from tests.edge_agent.link_support import Box, Releases, make_box, make_plan, write_brightness_bundle
 from tests.fleet_link.mosquitto_support import TestAuthority
 
 AUTHORITY = TestAuthority()
@@ -223,8 +227,6 @@ def test_another_valid_bundle_under_the_name_is_refused(box: Box, hub: Releases,
 
 
 def test_a_bundle_with_a_wrong_known_answer_is_refused(box: Box, hub: Releases, tmp_path: Path) -> None:
-    from models import bundle as bundle_file
-
     honest = bundle_file.read_bundle(box.shipped)
     liar = tmp_path / "liar.bundle"
     outputs = {name: value + 1 for name, value in honest.known_outputs.items()}
@@ -252,6 +254,18 @@ def test_a_stop_in_the_middle_leaves_the_work_for_the_next_start(box: Box, hub: 
     assert box.holder.current.release_version == 2
 
 
+def test_a_verdict_on_an_older_result_does_not_judge(box: Box, hub: Releases, candidate: Path) -> None:
+    """Late images made a second result of h0, which nobody has reviewed; h1 is being read again."""
+    add_heldout(box, 3)
+    box.db.execute("UPDATE series SET version = 2 WHERE series_no = 1")
+    box.db.execute("UPDATE series SET state = 'due' WHERE series_no = 2")
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    install(box)
+    assert reports(box)[0].heldout == 1
+
+
 def test_a_heldout_case_that_cannot_be_read_does_not_count(box: Box, hub: Releases, candidate: Path) -> None:
     add_heldout(box, 3)
     (box.data_dir / "h1.dcm").write_bytes(b"gone")
@@ -277,6 +291,167 @@ def test_clearly_worse_is_more_than_one_case_and_five_points(
     heldout: int, before: int, after: int, worse: bool
 ) -> None:
     assert Evaluation(heldout, before, after).is_clearly_worse is worse
+
+
+# --- this site's trouble --------------------------------------------------------------------------
+
+
+def fetched_but_unreadable(box: Box, hub: Releases, candidate: Path) -> Path:
+    """The disk gives no bytes: a folder lies where the file should be."""
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    path = box.data_dir / bundles.path_of(offer.bundle_digest)
+    path.mkdir()
+    releases.arrived(box.db, offer.bundle_digest, time.time())
+    return path
+
+
+def test_a_bundle_that_cannot_be_opened_now_is_kept_and_told_once(
+    box: Box, hub: Releases, candidate: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(releases, "RETRY_S", 0.0)
+    path = fetched_but_unreadable(box, hub, candidate)
+    install(box)
+    install(box)
+    assert bundle_rows(box)[path.stem] == ("fetched", 2)
+    assert reports(box) == []
+    (alarm,) = database.alarms(box.db)
+    assert alarm.startswith("release 2 waits: ")
+    assert caplog.text.count("release 2 waits") == 1
+    assert "check the disk" in caplog.text
+    path.rmdir()
+    path.write_bytes(candidate.read_bytes())
+    install(box)
+    assert [report.outcome for report in reports(box)] == ["activated"]
+    assert database.alarms(box.db) == []
+
+
+def test_it_is_not_tried_again_at_once(box: Box, hub: Releases, candidate: Path) -> None:
+    path = fetched_but_unreadable(box, hub, candidate)
+    installer = Installer(box.config, box.holder, time.time)
+    installer.step(box.db, GO_ON)
+    path.rmdir()
+    path.write_bytes(candidate.read_bytes())
+    installer.step(box.db, GO_ON)
+    assert bundle_rows(box)[path.stem] == ("fetched", 2)
+    install(box)  # as after a restart
+    assert box.holder.current.release_version == 2
+
+
+def test_a_provider_that_is_not_there_leaves_the_release_for_later(box: Box, hub: Releases, candidate: Path) -> None:
+    offer = hub.offer(candidate, 2)
+    take(box, offer)
+    fetch(box, candidate, offer.bundle_digest)
+    without = replace(box.config, inference=replace(box.config.inference, providers=("NoSuchExecutionProvider",)))
+    Installer(without, box.holder, time.time).step(box.db, GO_ON)
+    assert bundle_rows(box)[offer.bundle_digest] == ("fetched", 2)
+    install(box)
+    assert box.holder.current.release_version == 2
+
+
+def test_a_graph_that_is_none_is_the_bundles_fault(box: Box, hub: Releases, tmp_path: Path) -> None:
+    honest, bad = bundle_file.read_bundle(box.shipped), tmp_path / "bad.bundle"
+    parts = bundle_file.BundleParts(
+        honest.manifest, b"no graph", honest.weights, honest.known_inputs, honest.known_outputs, "bad"
+    )
+    bundle_file.write_bundle(bad, parts)
+    offer = hub.offer(bad, 2)
+    take(box, offer)
+    fetch(box, bad, offer.bundle_digest)
+    install(box)
+    assert bundle_rows(box)[offer.bundle_digest] == ("refused", 2)
+    assert "graph" in reports(box)[0].reason
+
+
+def test_an_active_bundle_that_cannot_be_opened_now_is_not_given_up(
+    box: Box, hub: Releases, candidate: Path, tmp_path: Path
+) -> None:
+    digest = activate_second(box, hub, candidate)
+    path = box.data_dir / bundles.path_of(digest)
+    path.rename(tmp_path / "aside")
+    path.mkdir()
+    reading = bundles.load_active(box.db, box.config, time.time()).current
+    assert reading.digest != digest
+    assert bundle_rows(box)[digest] == ("active", 2)
+    assert reports(box) == []
+    assert database.alarms(box.db)
+    path.rmdir()
+    (tmp_path / "aside").rename(path)
+    assert bundles.load_active(box.db, box.config, time.time()).current.digest == digest
+    assert database.alarms(box.db) == []
+
+
+# --- older releases, another hub ------------------------------------------------------------------
+
+
+def test_an_older_release_than_the_one_in_use_is_refused(box: Box, hub: Releases, candidate: Path, worse: Path) -> None:
+    activate_second_version(box, hub, candidate, 3)
+    ledger.received(box.db, reports(box)[0].message_id)
+    older = hub.offer(worse, 2)
+    assert take(box, older) is None
+    assert older.bundle_digest not in bundle_rows(box)
+    (report,) = reports(box)
+    assert (report.outcome, report.reason) == ("refused", "older than release 3, which is in use")
+
+
+def test_a_release_that_was_overtaken_while_it_waited_is_refused(
+    box: Box, hub: Releases, candidate: Path, worse: Path
+) -> None:
+    offer = hub.offer(worse, 2)
+    take(box, offer)
+    newer = hub.offer(candidate, 3)
+    take(box, newer)
+    fetch(box, candidate, newer.bundle_digest)
+    install(box)
+    fetch(box, worse, offer.bundle_digest)
+    install(box)
+    assert box.holder.current.release_version == 3
+    assert [(r.release_version, r.outcome) for r in reports(box)] == [(3, "activated"), (2, "refused")]
+    assert not (box.data_dir / bundles.path_of(offer.bundle_digest)).exists()
+    assert take(box, hub.offer(worse, 4)) is not None  # the same bundle under a new number
+
+
+def moved(box: Box) -> Box:
+    """As the daemon at its start, after `edge-agent enroll --replace` at another hub."""
+    box.enrolled.folder.ca.write_bytes(TestAuthority("elsewhere").pem)
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    box.holder = bundles.load_active(box.db, box.config, time.time())
+    return box
+
+
+def test_a_box_that_moved_keeps_its_bundle_and_takes_the_new_hubs_first_release(
+    box: Box, hub: Releases, candidate: Path, worse: Path, tmp_path: Path
+) -> None:
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    digest = activate_second_version(box, hub, candidate, 5)
+    refused = hub.offer(worse, 4)
+    take(box, refused)
+    moved(box)
+    assert (box.holder.current.digest, box.holder.current.release_version) == (digest, 0)
+    assert bundles.load_active(box.db, box.config, time.time()).current.digest == digest
+    assert reports(box) == []
+    shutil.rmtree(box.enrolled.folder.tuf)  # `enroll` brings the new hub's
+    box.enrolled.folder.tuf.mkdir()
+    new_hub = Releases()
+    new_hub.trusted_by(box.enrolled.folder)
+    assert activate_second_version(box, new_hub, worse, 1) == box.holder.current.digest
+
+
+def test_a_box_that_moved_leaves_the_rounds_of_its_old_hub(box: Box) -> None:
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    ledger.invite(box.db, make_plan("b" * 64, b"k" * 32), time.time())
+    ledger.apply(box.db, box.data_dir, "round-1", Event.ADMITTED, time.time())
+    moved(box)
+    assert (box.state_of("round-1"), ledger.pending(box.db)) == ("closed", [])
+
+
+def test_the_same_hub_changes_nothing(box: Box, hub: Releases, candidate: Path) -> None:
+    for _ in range(2):
+        hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    activate_second_version(box, hub, candidate, 2)
+    before = box.rows("bundles"), box.rows("link_outbox")
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    assert (box.rows("bundles"), box.rows("link_outbox")) == before
 
 
 # --- start-up -------------------------------------------------------------------------------------
@@ -336,8 +511,6 @@ def test_no_usable_bundle_at_all_is_said(box: Box) -> None:
 
 
 def test_old_files_go_and_the_base_of_an_open_round_stays(box: Box, hub: Releases, tmp_path: Path) -> None:
-    from tests.edge_agent.link_support import make_plan
-
     first = box.holder.current.digest
     ledger.invite(box.db, make_plan(first, b"k" * 32), time.time())
     digests = [first]

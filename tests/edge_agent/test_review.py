@@ -14,7 +14,7 @@ import pytest
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 
-from edge_agent import catalog, instances, reviews, users
+from edge_agent import catalog, instances, retention, reviews, users
 from edge_agent.pages import SECURITY_HEADERS
 from models import phantom_dicom, phantoms
 from tests.edge_agent.review_support import (
@@ -384,6 +384,28 @@ def test_lost_files_leave_the_list_and_the_verdict_usable(own_house: House) -> N
     assert "notice bad" in page.text
     assert "Your verdict" in page.text
     assert own_house.browser.get(f"/series/{CT}/image/0.png").status_code in (404, 422)
+
+
+def test_removed_images_are_said_and_the_patient_is_known_from_the_report(own_house: House) -> None:
+    box = own_house.box
+    name = own_house.browser.get(f"/api/series/{XR}").json()["series"]["patient"]["PatientName"]
+    (image,) = instances.open(box.db, box.data_dir, XR)
+    shutil.copy(image, box.data_dir / "report.dcm")  # stands for the SR, which has the same patient
+    box.db.execute("UPDATE outbox SET path = 'report.dcm' WHERE kind = 'SR' AND result_no = 1")
+    assert "Images removed" not in own_house.browser.get(f"/series/{XR}").text
+    box.db.execute("INSERT INTO removals VALUES (?, ?, 0)", (XR, T0 + 100))
+    assert retention.remove_next(box.db, box.data_dir)
+
+    page = own_house.browser.get(f"/series/{XR}").text
+    assert "Images removed" in page
+    assert "this box kept them for 90 days. They are in the PACS" in page
+    assert 'name="verdict"' not in page
+    assert "notice bad" not in page
+    assert "1 image, removed" in own_house.browser.get("/").text
+    told = own_house.browser.get(f"/api/series/{XR}").json()["series"]
+    assert (told["patient"]["PatientName"], told["images_removed_at"]) == (name, T0 + 100)
+    assert name
+    assert own_house.browser.get(f"/series/{XR}/image/0.png").status_code == 404
 
 
 def test_an_empty_box_says_where_to_send(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import time
 
 import msgspec
 import pytest
+from cryptography import x509
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleet_link import envelope, messages
-from fleet_link.errors import LinkError, TrustError
+from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.messages import BundleRequest, Receipt
 from fleet_link.pki import Identity
 from tests.fleet_link.mosquitto_support import TestAuthority, twin_certificate
@@ -33,7 +34,13 @@ def open_at_hub(payload: bytes, authority: TestAuthority, sender: str = "box-1",
 
 
 def test_gives_message_and_sequence(sealed: bytes, authority: TestAuthority) -> None:
-    assert open_at_hub(sealed, authority) == (MESSAGE, 5)
+    opened = open_at_hub(sealed, authority)
+    assert (opened.message, opened.sequence) == (MESSAGE, 5)
+
+
+def test_tells_which_certificate_signed(sealed: bytes, box: Identity, authority: TestAuthority) -> None:
+    certificate = x509.load_der_x509_certificate(box.certificate_der)
+    assert int(open_at_hub(sealed, authority).serial, 16) == certificate.serial_number
 
 
 def test_refuses_another_sender_than_the_topics(sealed: bytes, authority: TestAuthority) -> None:
@@ -189,55 +196,139 @@ def test_a_device_gone_mad_is_refused(junk: bytes, authority: TestAuthority, box
 @settings(max_examples=50, deadline=None)
 def test_what_is_sealed_opens_unchanged(sequence: int, digest: str, authority: TestAuthority, box: Identity) -> None:
     message = BundleRequest(message_id="3" * 32, bundle_digest=digest)
-    assert open_at_hub(envelope.seal(box, "hub", message, sequence=sequence, now=NOW), authority) == (message, sequence)
+    opened = open_at_hub(envelope.seal(box, "hub", message, sequence=sequence, now=NOW), authority)
+    assert (opened.message, opened.sequence) == (message, sequence)
 
 
 # --- replay ---------------------------------------------------------------------------------------
+
+ONE, OTHER = b"1" * 32, b"2" * 32
 
 
 def test_each_sequence_counts_once() -> None:
     window = envelope.ReplayWindow()
     for sequence in (1, 3, 2, 70):
-        window.accept(sequence)
+        window.accept(sequence, ONE)
     for sequence in (1, 2, 3, 70):
         with pytest.raises(envelope.ReplayError):
-            window.accept(sequence)
+            window.accept(sequence, OTHER)
     assert window.highest == 70
 
 
-def test_late_by_less_than_64_is_accepted_and_older_is_not() -> None:
+def test_the_same_message_again_is_a_repeat_and_other_content_is_not() -> None:
     window = envelope.ReplayWindow()
-    window.accept(1000)
-    window.accept(937)
-    with pytest.raises(envelope.ReplayError, match="936"):
-        window.accept(936)
+    window.accept(7, ONE)
+    with pytest.raises(envelope.RepeatError):
+        window.accept(7, ONE)
+    with pytest.raises(envelope.ReplayError) as caught:
+        window.accept(7, OTHER)
+    assert not isinstance(caught.value, envelope.RepeatError)
+
+
+def test_the_digest_is_of_what_is_signed(box: Identity, authority: TestAuthority) -> None:
+    """ECDSA signs the same bytes differently each time: it is the same message all the same."""
+    twice = [envelope.seal(box, "hub", MESSAGE, sequence=5, now=NOW) for _ in range(2)]
+    other = envelope.seal(box, "hub", MESSAGE, sequence=6, now=NOW)
+    assert twice[0] != twice[1]
+    first, again, later = (open_at_hub(payload, authority).digest for payload in (*twice, other))
+    assert first == again != later
+
+
+def test_a_late_message_is_taken_whatever_the_gap_until_64_newer_ones_came() -> None:
+    window = envelope.ReplayWindow()
+    for sequence in range(1000, 64_000, 1000):  # 63 messages, a millisecond apart
+        window.accept(sequence, ONE)
+    window.accept(1500, ONE)
+    window.accept(64_000, ONE)  # the 65th: the oldest is forgotten
+    with pytest.raises(envelope.ReplayError, match="1000"):
+        window.accept(1000, OTHER)
+    window.accept(1001, ONE)
 
 
 def test_after_a_restart_everything_up_to_the_highest_counts_as_seen() -> None:
     window = envelope.ReplayWindow(highest=500)
     for sequence in (500, 499, 440, 1):
         with pytest.raises(envelope.ReplayError):
-            window.accept(sequence)
-    window.accept(502)
-    window.accept(501)
+            window.accept(sequence, ONE)
+    window.accept(502, ONE)
+    window.accept(501, ONE)
 
 
 @given(st.lists(st.integers(1, 200), max_size=300), st.integers(0, 100))
 def test_the_window_agrees_with_a_set(sequences: list[int], highest: int) -> None:
-    window, seen, top = envelope.ReplayWindow(highest), set(range(highest + 1)), highest
+    """Nothing is taken twice; what is refused was taken, or 64 above it were."""
+    window, taken, top = envelope.ReplayWindow(highest), set(range(highest + 1)), highest
     for sequence in sequences:
-        expected = sequence not in seen and sequence > top - 64
-        if expected:
-            window.accept(sequence)
-        else:
+        newer = sum(other > sequence for other in taken)
+        if sequence not in taken and (newer < 64 or sequence > top):
+            window.accept(sequence, ONE)
+            taken.add(sequence)
+            top = max(top, sequence)
+        elif sequence in taken:
             with pytest.raises(envelope.ReplayError):
-                window.accept(sequence)
-        seen.add(sequence)
-        top = max(top, sequence)
+                window.accept(sequence, OTHER)
     assert window.highest == top
 
 
-def test_a_restarted_sender_goes_on_above_what_it_sent() -> None:
-    before = envelope.Sequence.from_clock(NOW)
-    last = [before.next() for _ in range(1000)][-1]
-    assert envelope.Sequence.from_clock(NOW + 1).next() > last
+# --- sequence -------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A clock that a test sets, and what survives a restart."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        self.reserved = 0
+        self.writes = 0
+
+    def sender(self) -> envelope.Sequence:
+        return envelope.Sequence(lambda: self.now, self.reserved, self.reserve)
+
+    def reserve(self, highest: int) -> None:
+        self.reserved = highest
+        self.writes += 1
+
+
+def test_a_clock_corrected_after_the_start_lifts_the_next_number() -> None:
+    """A box without a battery starts in 1970; the hub has seen numbers of today's."""
+    disk = Disk()
+    seen_before = disk.sender().next()
+    replaced = Disk()
+    replaced.now = 1000.0
+    sequence = replaced.sender()
+    assert sequence.next() < seen_before
+    replaced.now = NOW + 1
+    assert sequence.next() > seen_before
+
+
+def test_a_clock_set_back_never_lowers_the_next_number() -> None:
+    disk = Disk()
+    sequence = disk.sender()
+    numbers = [sequence.next()]
+    disk.now -= 86400
+    numbers += [sequence.next() for _ in range(10)]
+    assert numbers == sorted(set(numbers))
+    restarted = disk.sender()
+    assert restarted.next() > numbers[-1]
+
+
+def test_no_number_is_given_before_the_disk_holds_it_and_the_disk_is_seldom_asked() -> None:
+    disk = Disk()
+    sequence = disk.sender()
+    for _ in range(500):
+        assert sequence.next() <= disk.reserved
+        disk.now += 0.1
+    assert disk.writes == 1
+    disk.now += 60
+    assert sequence.next() <= disk.reserved
+    assert disk.writes == 2
+
+
+def test_a_number_that_the_disk_refuses_is_not_given() -> None:
+    def refuse(highest: int) -> None:
+        raise SiteError("no space")
+
+    sequence = envelope.Sequence(lambda: NOW, 0, refuse)
+    for _ in range(2):
+        with pytest.raises(SiteError):
+            sequence.next()

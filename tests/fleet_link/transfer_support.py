@@ -45,7 +45,7 @@ class End:
         self.trust = Trust((folder / "ca.pem").read_bytes())
         bus_config = BusConfig("localhost", config.port, self.name, folder / "ca.pem", certificate, key, 10)
         self.bus = Bus(bus_config, [device_subscription(BOX) if sends else hub_subscription()])
-        self.sequence = envelope.Sequence.from_clock(time.time())
+        self.sequence = envelope.Sequence(time.time, 0, lambda highest: None)
         self.window = envelope.ReplayWindow()
         self.bus.start()
 
@@ -61,7 +61,7 @@ class End:
             return received and received.payload
         try:
             opened = envelope.open(received.payload, self.trust, sender=self.peer, recipient=self.name, now=time.time())
-            self.window.accept(opened.sequence)
+            self.window.accept(opened.sequence, opened.digest)
         except envelope.ReplayError:
             return None
         return opened.message

@@ -1,5 +1,6 @@
 """The bundle file: written the same each time, read only when nothing about it is odd."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -13,9 +14,18 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from models import bundle as bundle_file
-from models.bundle import MEMBERS, BundleParts, check_known_answer, file_digest, read_bundle, write_bundle
+from models.bundle import (
+    MEMBERS,
+    SHIPPED,
+    VARIANTS,
+    BundleParts,
+    check_known_answer,
+    file_digest,
+    read_bundle,
+    write_bundle,
+)
 from models.errors import BundleError
-from models.spec import Manifest
+from models.spec import Manifest, Variant
 from models.tasks import INPUTS, TASKS
 
 LABELS = sum(len(task.labels) for task in TASKS)
@@ -56,16 +66,40 @@ def path(tmp_path: Path, parts: BundleParts) -> Path:
     return tmp_path / "a.bundle"
 
 
+def variant(precision: str = "int8", made_from: bytes = b"graph") -> Variant:
+    return Variant(
+        precision=precision,
+        form="by hand",
+        made_from=hashlib.sha256(made_from).hexdigest(),
+        providers=("CPUExecutionProvider",),
+        tolerance=0.1,
+        measured_on="nothing",
+        examples=10,
+        correct_before=9,
+        correct_after=9,
+        speed_by_threads={1: 1.5},
+    )
+
+
+@pytest.fixture
+def varied(tmp_path: Path, parts: BundleParts) -> Path:
+    """A bundle with both variants."""
+    manifest = msgspec.structs.replace(parts.manifest, variants=(variant("int8"), variant("fp16")))
+    path = tmp_path / "varied.bundle"
+    write_bundle(path, replace(parts, manifest=manifest, variants={"int8": b"small graph", "fp16": b"half graph"}))
+    return path
+
+
 def rewrite(path: Path, change: Callable[[dict[str, bytes]], None], **zip_options: int) -> None:
     """Change members and pack them as an attacker would, with correct digests in the manifest."""
     with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in MEMBERS}
+        members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
     manifest = json.loads(members["manifest.json"])
     for name in set(members) & set(manifest.get("members", {})):
         manifest["members"][name] = bundle_file.hashlib.sha256(members[name]).hexdigest()
     members["manifest.json"] = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    if set(members) == set(MEMBERS) and not zip_options:
+    if set(members) <= {*MEMBERS, *VARIANTS} and set(members) >= set(MEMBERS) and not zip_options:
         path.write_bytes(bundle_file._zip(members))
         return
     with zipfile.ZipFile(path, "w", **zip_options) as archive:
@@ -224,3 +258,99 @@ def test_known_answers(path: Path) -> None:
     ):
         with pytest.raises(BundleError, match="known-answer"):
             check_known_answer(lambda inputs, wrong=wrong: wrong, bundle)
+
+
+# --- variants
+
+
+def test_a_bundle_with_variants_is_read_whole(varied: Path, parts: BundleParts) -> None:
+    bundle = read_bundle(varied)
+    assert bundle.variants == {"int8": b"small graph", "fp16": b"half graph"}
+    assert (bundle.graph("fp32"), bundle.graph("int8")) == (parts.onnx, b"small graph")
+    assert bundle.manifest.variant_for("fp16") == variant("fp16")
+    assert zipfile.ZipFile(varied).namelist() == [*MEMBERS, *VARIANTS]
+
+
+def test_a_bundle_without_variants_is_what_older_software_reads_and_writes(path: Path) -> None:
+    manifest = json.loads(zipfile.ZipFile(path).read("manifest.json"))
+    assert "variants" not in manifest
+    assert read_bundle(path).variants == read_bundle(SHIPPED).variants == {}
+
+
+def test_a_variant_without_an_entry_is_refused(path: Path) -> None:
+    def add(members: dict[str, bytes]) -> None:
+        members["model_int8.onnx"] = b"graph"
+        manifest = json.loads(members["manifest.json"])
+        manifest["members"]["model_int8.onnx"] = ""
+        members["manifest.json"] = json.dumps(manifest).encode()
+
+    rewrite(path, add)
+    with pytest.raises(BundleError, match="does not describe exactly the bundle's variants"):
+        read_bundle(path)
+
+
+def test_an_unlisted_variant_is_refused(path: Path) -> None:
+    rewrite(path, lambda members: members.update({"model_int8.onnx": b"graph"}))
+    with pytest.raises(BundleError, match="list exactly"):
+        read_bundle(path)
+
+
+def test_an_unknown_precision_is_refused(path: Path) -> None:
+    rewrite(path, lambda members: members.update({"model_int4.onnx": b"graph"}))
+    with pytest.raises(BundleError, match="holds exactly"):
+        read_bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m["variants"].pop(), "does not describe exactly"),
+        (lambda m: m["variants"].append(m["variants"][0]), "does not describe exactly"),
+        (lambda m: m["variants"][0].update(precision="int4"), "manifest is not valid"),
+        (lambda m: m["variants"][0].update(providers=[]), "manifest is not valid"),
+        (lambda m: m["variants"][0].update(tolerance=1e9), "manifest is not valid"),
+        (lambda m: m["variants"][0].update(tolerance=0.0), "manifest is not valid"),
+        (lambda m: m["variants"][1].update(made_from="0" * 64), r"model_fp16\.onnx was made from another graph"),
+    ],
+)
+def test_a_contradicting_variant_is_refused(varied: Path, change: Callable[[dict], None], reason: str) -> None:
+    edit_manifest(varied, change)
+    with pytest.raises(BundleError, match=reason):
+        read_bundle(varied)
+
+
+def test_an_entry_without_its_variant_is_refused(varied: Path) -> None:
+    def drop(members: dict[str, bytes]) -> None:
+        del members["model_fp16.onnx"]
+        manifest = json.loads(members["manifest.json"])
+        del manifest["members"]["model_fp16.onnx"]
+        members["manifest.json"] = json.dumps(manifest).encode()
+
+    rewrite(varied, drop)
+    with pytest.raises(BundleError, match="does not describe exactly"):
+        read_bundle(varied)
+
+
+def test_variants_of_another_bundle_are_refused(varied: Path, tmp_path: Path, parts: BundleParts) -> None:
+    donor = read_bundle(varied)
+    taken = msgspec.structs.replace(parts.manifest, variants=donor.manifest.variants)
+    other = replace(parts, onnx=b"another graph", manifest=taken, variants=donor.variants)
+    with pytest.raises(BundleError, match="made from another graph"):
+        write_bundle(tmp_path / "other.bundle", other)
+    assert not (tmp_path / "other.bundle").exists()
+
+
+def test_a_variant_has_its_own_tolerance_and_no_more(varied: Path) -> None:
+    bundle = read_bundle(varied)
+    right = bundle.known_outputs
+    off = right | {"ood_B": right["ood_B"] + np.float32(0.08)}
+    check_known_answer(lambda inputs: off, bundle, "int8")
+    with pytest.raises(BundleError, match="ood_B differs by"):
+        check_known_answer(lambda inputs: off, bundle)
+    for wrong in (
+        right | {"ood_B": right["ood_B"] + np.float32(0.2)},
+        right | {"ood_B": np.full(1, np.nan, np.float32)},
+        right | {"logits_BK": right["logits_BK"][:, :-1]},
+    ):
+        with pytest.raises(BundleError, match="known-answer"):
+            check_known_answer(lambda inputs, wrong=wrong: wrong, bundle, "int8")

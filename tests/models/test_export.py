@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from models.bundle import SHIPPED, Bundle, check_known_answer, file_digest, read_bundle
+from models.bundle import SHIPPED, Bundle, BundleParts, check_known_answer, file_digest, read_bundle, write_bundle
 from models.errors import BundleError
+from models.spec import Variant
 from tests.models.conftest import one_series, session_of
 
 pytest.importorskip("torch", reason="export needs the extra `train`")
@@ -46,6 +48,7 @@ def test_the_new_bundle_is_whole_and_says_where_it_comes_from(exported, shipped:
     assert report["digest"] == bundle.digest == file_digest(path) != shipped.digest
     assert report["parity"] <= 1e-4
     assert report["base"] == shipped.digest
+    assert report["variants_dropped"] == []
     assert (bundle.manifest.name, bundle.manifest.version) == ("candidate", "2")
     assert bundle.manifest.tasks == shipped.manifest.tasks
     assert shipped.digest in bundle.card
@@ -68,6 +71,29 @@ def test_a_card_does_not_grow_with_each_release(exported, tmp_path: Path) -> Non
     safetensors_numpy.save_file(base.weights, tmp_path / "w.safetensors")
     assert run_export(tmp_path / "w.safetensors", tmp_path / "again.bundle", exported[0]).returncode == 0
     assert abs(len(read_bundle(tmp_path / "again.bundle").card) - len(base.card)) < 40
+
+
+def test_new_weights_drop_the_variants_of_the_old(tmp_path: Path, shipped: Bundle) -> None:
+    variant = Variant(
+        precision="fp16",
+        form="by hand",
+        made_from=shipped.manifest.members["model.onnx"],
+        providers=("CUDAExecutionProvider",),
+        tolerance=0.1,
+        measured_on="nothing",
+        examples=1,
+        correct_before=1,
+        correct_after=1,
+        speed_by_threads={},
+    )
+    manifest = msgspec.structs.replace(shipped.manifest, variants=(variant,))
+    base = (shipped.onnx, shipped.weights, shipped.known_inputs, shipped.known_outputs, shipped.card)
+    write_bundle(tmp_path / "base.bundle", BundleParts(manifest, *base, {"fp16": b"stale"}))
+    safetensors_numpy.save_file(changed(shipped), tmp_path / "w.safetensors")
+    done = run_export(tmp_path / "w.safetensors", tmp_path / "new.bundle", tmp_path / "base.bundle")
+    assert json.loads(done.stdout)["variants_dropped"] == ["fp16"]
+    new = read_bundle(tmp_path / "new.bundle")
+    assert (new.variants, new.manifest.variants) == ({}, ())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""A round's rows: found, brought forward by what `rounds.advance` decides, dropped by the operator's word.
+
+Reads and writes the tables rounds and round_devices; reads who is revoked. Each change is one transaction.
+Never decides a transition itself, never touches a file.
+Source: ARCHITECTURE.md, "Rounds"; the box's mirror is edge_agent/ledger.py.
+"""
+
+import logging
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloud_hub import rounds
+from cloud_hub.database import Database, Device, Release, Round, RoundDevice, record_refusal
+from cloud_hub.registry import NotFoundError
+from cloud_hub.rounds import Event, Member, State
+from fleet_link import messages
+from fleet_link.errors import SiteError
+from fleet_link.messages import RoundPlan
+
+log = logging.getLogger(__name__)
+
+REASON_CHARACTERS = 500
+REVOKED = "the device is revoked"
+
+
+def active_round(session: Session) -> Round | None:
+    """At most one round is on at a time."""
+    return session.scalars(select(Round).where(Round.state.not_in(rounds.FINISHED))).first()
+
+
+def find(session: Session, round_id: str) -> Round:
+    """Raises NotFoundError."""
+    row = session.get(Round, round_id)
+    if row is None:
+        raise NotFoundError(f"there is no round {round_id[:63]}", advice="fleet round list shows all")
+    return row
+
+
+def plan_of(row: Round) -> RoundPlan:
+    plan = messages.decode(row.plan)
+    assert isinstance(plan, RoundPlan)  # we wrote it
+    return plan
+
+
+def drop(session: Session, round_id: str, reason: str, now: float) -> None:
+    """End a round that is on. The coordinator's next tick clears its files away and has its boxes told.
+
+    Raises NotFoundError, or SiteError when the round is over.
+    """
+    row = find(session, round_id)
+    made = session.scalar(select(Release.release_version).where(Release.round_id == round_id))
+    if State(row.state) in rounds.FINISHED or made is not None:
+        raise SiteError(f"round {round_id} is over", advice=f"fleet round show {round_id}")
+    advance(session, row, rounds.Failed("dropped by the operator" + (f": {reason}" if reason else "")), now)
+
+
+def apply(database: Database, round_id: str, event: Event, now: float) -> None:
+    with database.writing() as session:
+        advance(session, session.get_one(Round, round_id), event, now)
+
+
+def advance(session: Session, row: Round, event: Event, now: float) -> None:
+    """Load, decide, store, in the caller's transaction."""
+    parts = session.scalars(select(RoundDevice).filter_by(round_id=row.round_id)).all()
+    before = rounds.Round(
+        state=State(row.state),
+        deadline_unix_s=row.deadline,
+        min_devices=row.min_devices,
+        members={part.device: Member(part.state) for part in parts},
+        revoked=_revoked(session, row.round_id),
+        candidate_digest=row.candidate_digest or "",
+        reason=row.reason,
+    )
+    after, _ = rounds.advance(before, event, now)
+    for part in parts:
+        if part.state != after.members[part.device]:
+            part.state, part.changed_at = after.members[part.device], now
+            if part.state == Member.REFUSED and part.device in before.revoked:
+                _take_out(session, part, now)
+    if after.state is not before.state:
+        row.state, row.reason, row.changed_at = after.state, after.reason[:REASON_CHARACTERS], now
+        row.candidate_digest = after.candidate_digest or None
+        log.info("round %s: %s -> %s%s", row.round_id, before.state, after.state, after.reason and f" ({after.reason})")
+
+
+def _revoked(session: Session, round_id: str) -> frozenset[str]:
+    devices = session.scalars(
+        select(RoundDevice.device)
+        .join(Device, Device.device == RoundDevice.device)
+        .where(RoundDevice.round_id == round_id, Device.revoked_at.is_not(None))
+    )
+    return frozenset(devices)
+
+
+def _take_out(session: Session, part: RoundDevice, now: float) -> None:
+    """Its file, if there is one, counts no more: the sum follows the rows."""
+    part.reason, part.counted_at, part.update_path = REVOKED, None, None
+    record_refusal(session, device=part.device, what="update", reason=f"{part.round_id}: {REVOKED}", now=now)
+    log.warning("round %s: %s gives nothing: %s", part.round_id, part.device, REVOKED)

@@ -1,0 +1,46 @@
+"""A round starts only on a base that can be trained."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cloud_hub import releases
+from cloud_hub.database import Release
+from cloud_hub.rollout import Stage
+from fleet_link.errors import SiteError
+from models.bundle import SHIPPED, BundleParts, read_bundle, write_bundle
+from models.spec import IMPORTED
+from tests.cloud_hub.round_support import RoundHub, make_round_hub, needs_bundle
+
+pytestmark = needs_bundle
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[RoundHub]:
+    hub = make_round_hub(tmp_path, "a", "b")
+    yield hub
+    hub.coordinator.stop()
+    hub.files.database.close()
+
+
+def test_no_round_starts_on_an_imported_network(hub: RoundHub, tmp_path: Path) -> None:
+    base = read_bundle(SHIPPED)
+    manifest = msgspec.structs.replace(base.manifest, name="elsewhere", network=IMPORTED)
+    parts = BundleParts(manifest, base.onnx, {}, base.known_inputs, base.known_outputs, base.card)
+    write_bundle(tmp_path / "imported.bundle", parts)
+    released = hub.repository.publish(tmp_path / "imported.bundle", round_id="", now=hub.now)
+    with hub.files.database.writing() as session:
+        releases.add_row(session, released, now=hub.now)
+        session.get_one(Release, released.release_version).state = Stage.EVERYONE
+    with pytest.raises(SiteError, match="elsewhere 1, is an imported network: there is nothing to train") as refused:
+        hub.start()
+    assert "release a bundle that was trained" in refused.value.advice
+
+
+def test_no_round_starts_on_a_base_that_is_lost(hub: RoundHub) -> None:
+    (release,) = hub.repository.listed()
+    hub.repository.bundle_path(release.bundle_digest).unlink()
+    with pytest.raises(SiteError, match="the round's base cannot be read"):
+        hub.start()

@@ -1,0 +1,99 @@
+"""The database file: private from its first moment, brought up to date whole, alarms that stay until they end."""
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from edge_agent import catalog, database, instances
+from fleet_link.errors import SiteError
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_the_database_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    db = database.connect(tmp_path)
+    database.count(db, "x")
+    assert {path.name: _mode(path) for path in tmp_path.iterdir()} == {
+        "box.db": 0o600,
+        "box.db-wal": 0o600,
+        "box.db-shm": 0o600,
+    }
+    db.close()
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_folders_of_images_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir(mode=0o755)  # of an older version
+    db = database.connect(tmp_path)
+    catalog.repair(db, tmp_path, now=0.0)
+    kept = instances.keep(tmp_path, (b"x",), min_free_bytes=0)
+    folders = [tmp_path / name for name in ("instances", "maps", "reports", "examples", "learning")]
+    assert {_mode(folder) for folder in [*folders, (tmp_path / kept.path).parent]} == {0o700}
+    db.close()
+
+
+def test_a_folder_that_is_not_there_is_said_by_sqlite(tmp_path: Path) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        database.connect(tmp_path / "nowhere")
+
+
+def test_a_database_of_version_1_is_brought_up_to_date_and_keeps_its_rows(tmp_path: Path) -> None:
+    database.connect(tmp_path).close()
+    old = sqlite3.connect(tmp_path / "box.db")
+    for table in ("removals", "unreadable", "alarms"):
+        old.execute(f"DROP TABLE {table}")
+    old.execute("ALTER TABLE quarantine DROP COLUMN SOPInstanceUID")
+    old.execute("INSERT INTO quarantine VALUES (1, 'a.dcm', 1, 'why', 'CT1', 0)")
+    old.execute("PRAGMA user_version=1")
+    old.commit()
+    old.close()
+    for _ in range(2):
+        db = database.connect(tmp_path)
+        assert [dict(row)["SOPInstanceUID"] for row in db.execute("SELECT * FROM quarantine")] == [""]
+        assert database.alarms(db) == []
+        assert catalog.images_removed_at(db, 1) is None
+        db.close()
+
+
+def test_every_table_of_the_schema_is_made(tmp_path: Path) -> None:
+    db = database.connect(tmp_path)
+    made = {row["name"] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    plain = sqlite3.connect(":memory:")
+    plain.executescript(files("edge_agent").joinpath("schema.sql").read_text("utf-8"))
+    assert made == {name for (name,) in plain.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    db.close()
+
+
+def test_a_newer_database_is_refused(tmp_path: Path) -> None:
+    db = database.connect(tmp_path)
+    db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(SiteError, match="schema 99"):
+        database.connect(tmp_path)
+
+
+def test_an_alarm_stays_until_it_is_ended(tmp_path: Path) -> None:
+    db = database.connect(tmp_path)
+    database.raise_alarm(db, "provider", "first", 2.0)
+    database.raise_alarm(db, "disk", "other", 1.0)
+    database.raise_alarm(db, "provider", "second", 3.0)
+    assert database.alarms(db) == ["other", "second"]
+    database.end_alarm(db, "provider")
+    database.end_alarm(db, "provider")
+    assert database.alarms(db) == ["other"]
+    db.close()
