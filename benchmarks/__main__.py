@@ -8,13 +8,18 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import receive
+from benchmarks.network import bench as network
 
-BENCHES = {"receive": receive}
+BENCHES = {"receive": receive, "models": network}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
-    parser.add_argument("name", choices=BENCHES, help="receive: C-STORE beside DCMTK's storescp and Orthanc")
+    parser.add_argument(
+        "name",
+        choices=BENCHES,
+        help="receive: C-STORE beside DCMTK's storescp and Orthanc; models: accuracy, federation, explanation, shift, speed",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")
     options = parser.parse_args()

@@ -19,13 +19,14 @@ from models.bundle import INPUT_NAMES, Arrays
 from models.export import to_onnx
 from models.latency import cpu_session, medians_s
 from models.network import BASE, NANO, SMALL, TINY
+from models.restore import new_network
 from models.spec import MODALITIES
 from models.tasks import INPUTS, TASKS
-from models.training import new_network
 from models.variants import FORMS, to_int8
 
 SIZES = (NANO, TINY, SMALL, BASE)
 DENSENET = "densenet121"
+COMPILED = "torch.compile"
 LATENCY_BATCH, THROUGHPUT_BATCH = 1, 8
 SIDE_PX = INPUTS[0].size
 _CALIBRATION_BATCHES = 8
@@ -44,17 +45,24 @@ class Way:
 
 
 def rows(
-    sizes: Sequence[str] = (NANO, TINY, SMALL), *, threads: Sequence[int] = (1, 2), rounds: int = 21
+    sizes: Sequence[str] = (NANO, TINY, SMALL),
+    *,
+    threads: Sequence[int] = (1, 2),
+    rounds: int = 21,
+    with_compile: bool = True,
 ) -> list[dict[str, Any]]:
     """One row for each way, thread count and batch; `note` says why a time is missing.
 
+    torch.compile takes half a minute for each network, thread count and batch: `with_compile` leaves it out of a quick run.
     `to_fp32` is how many times as fast as ONNX Runtime's fp32 graph of the same network, `to_densenet121` as DenseNet121's.
     """
     ways = [way for size in sizes for way in _hybrid_ways(size)] + list(_densenet_ways())
+    ways = [way for way in ways if with_compile or way.engine != COMPILED]
     found = []
     for count in threads:
         torch.set_num_threads(count)
         for batch in (LATENCY_BATCH, THROUGHPUT_BATCH):
+            torch.compiler.reset()  # it keeps eight versions of one forward, and runs the ninth uncompiled
             found += _measured(ways, count, batch, rounds)
     if importlib.util.find_spec("monai") is None:
         found.append({"network": DENSENET, "note": "MONAI is not installed"})
@@ -109,7 +117,7 @@ def _hybrid_ways(size: str) -> Iterator[Way]:
         calibration = (_images(1, seed) for seed in range(_CALIBRATION_BATCHES))
         yield Way(size, "onnxruntime", "int8", form.name, partial(_by_onnxruntime, to_int8(graph, form, calibration)))
     yield Way(size, "torch eager", "fp32", "", partial(_by_torch, network))
-    yield Way(size, "torch.compile", "fp32", "", partial(_by_torch, torch.compile(network, dynamic=False)))
+    yield Way(size, COMPILED, "fp32", "", partial(_by_torch, torch.compile(network, dynamic=False)))
 
 
 def _densenet_ways() -> Iterator[Way]:
@@ -119,9 +127,7 @@ def _densenet_ways() -> Iterator[Way]:
     network = nets.DenseNet121(spatial_dims=2, in_channels=1, out_channels=_LABELS).eval()
     yield Way(DENSENET, "onnxruntime", "fp32", "", partial(_by_onnxruntime, _densenet_onnx(network)))
     yield Way(DENSENET, "torch eager", "fp32", "", partial(_by_torch, _OfSlices(network)))
-    yield Way(
-        DENSENET, "torch.compile", "fp32", "", partial(_by_torch, torch.compile(_OfSlices(network), dynamic=False))
-    )
+    yield Way(DENSENET, COMPILED, "fp32", "", partial(_by_torch, torch.compile(_OfSlices(network), dynamic=False)))
 
 
 class _OfSlices(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
