@@ -24,6 +24,7 @@ from cloud_hub import dashboard, enrolment, invitations, ledger, registry, views
 from cloud_hub.context import Context, bounded_body, same_secret
 from cloud_hub.registry import NotFoundError
 from fleet_link.errors import SiteError, WardroundError
+from models.delta import Trainable
 
 BODY_BYTES_MAX = 64 * 1024
 REFUSALS_SHOWN = 200
@@ -49,7 +50,7 @@ class NewRound(_Body, frozen=True):
 
     kind: Literal["masked", "unsafe_open"] = "masked"
     rule: Literal["fedavg"] = "fedavg"
-    trainable: Literal["all", "heads"] = "all"
+    trainable: Trainable = "all"
     epochs: Annotated[int, Meta(ge=1, le=1000)] | None = None
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e6)] | None = None

@@ -171,7 +171,9 @@ def round_start(
         typer.Option("--unsafe-open", help="The hub can read each update; boxes join only if their policy allows it."),
     ] = False,
     device: Annotated[list[str] | None, typer.Option(help="Invite this box only; may be repeated.")] = None,
-    trainable: Annotated[str, typer.Option(help="all or heads.")] = "all",
+    trainable: Annotated[
+        str, typer.Option(help="all, heads, norms or adapters (low rank, in the transformer).")
+    ] = "all",
     epochs: Annotated[int | None, typer.Option(help="Passes over a box's examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the training on each box.")] = None,
     clip_norm: Annotated[float | None, typer.Option(help="L2 limit of one box's weight delta.")] = None,

@@ -23,6 +23,7 @@ from fleet_link import messages, sealing
 from fleet_link.errors import SiteError
 from fleet_link.messages import RoundPlan
 from models.bundle import SUFFIX, read_bundle
+from models.delta import Trainable
 from models.errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def start_round(
     *,
     kind: Literal["unsafe_open", "masked"],
     rule: Literal["fedavg"],
-    trainable: Literal["all", "heads"],
+    trainable: Trainable,
     epochs: int,
     learning_rate: float,
     clip_norm: float,

@@ -71,7 +71,7 @@ class RoundPlan(Message, frozen=True, kw_only=True):
     kind: Literal["unsafe_open", "masked"]
     base_digest: Digest
     rule: Literal["fedavg"]
-    trainable: Literal["all", "heads"]
+    trainable: Literal["all", "heads", "norms", "adapters"]  # as models.delta.trainable_names
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e9)]
     epochs: Annotated[int, Meta(ge=1, le=1000)]
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
