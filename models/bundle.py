@@ -138,7 +138,7 @@ def write_bundle(path: Path, parts: BundleParts) -> str:
     _check_variants(manifest)
     members[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     content = _zip(members)
-    _write_durably(path, content)
+    write_durably(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -292,7 +292,7 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
     return target.getvalue()
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     """tmp, fsync, rename, fsync of the folder: after a power cut either the old or the new file is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

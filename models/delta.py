@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from models.errors import DeltaError
 
 Arrays = dict[str, NDArray[np.float32]]
-Trainable = Literal["all", "heads"]
+Trainable = Literal["all", "heads", "norms", "adapters"]
 
 MAGIC = b"WRD1"
 MAX_HEADER_BYTES = 1 << 20
@@ -27,6 +27,7 @@ _REFUSED = "the sender's software or its base bundle differs from this one's; co
 
 FIXED_PREFIX = "ood_"  # statistics of the training features: never trained, never sent
 HEAD_PREFIX = "head."
+ADAPTED = ("context",)  # parts of a name: the transformer, whose linear layers get low-rank adapters
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -36,9 +37,21 @@ class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 def trainable_names(names: Iterable[str], trainable: Trainable) -> tuple[str, ...]:
-    """The weights a round may change, sorted."""
+    """The weights a round may change, sorted. The head is always among them."""
     learned = sorted(name for name in names if not name.startswith(FIXED_PREFIX))
-    return tuple(name for name in learned if trainable == "all" or name.startswith(HEAD_PREFIX))
+    return tuple(name for name in learned if name.startswith(HEAD_PREFIX) or _is_chosen(name, trainable))
+
+
+def is_norm(name: str) -> bool:
+    """Whether a weight belongs to a norm: what FedBN keeps at the site (Li 2021)."""
+    return any("norm" in part for part in name.split("."))
+
+
+def _is_chosen(name: str, trainable: Trainable) -> bool:
+    if trainable == "adapters":  # the linear layers' matrices
+        is_transformer = any(part in ADAPTED for part in name.split("."))
+        return is_transformer and name.endswith(".weight") and not is_norm(name)
+    return trainable == "all" or (trainable == "norms" and is_norm(name))
 
 
 def subtract(

@@ -8,7 +8,7 @@ Axes: B series, S slices, H W pixels, h w places of the supervised attention, K 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from zipfile import BadZipFile
 
 import msgspec
@@ -20,8 +20,6 @@ from models.errors import VolumeError
 from models.spec import MODALITIES, InputSpec, Manifest, TaskSpec
 
 LESION_SIDE = 24  # lesion masks are kept at this resolution
-_SHIFT_STEP_PX = 4  # input pixels per lesion-mask pixel at 96²
-_MOST_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def batches(
     *,
     most_slices: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of one modality each; with a generator shuffled, lightly augmented and cut to most_slices."""
+    """Batches of one modality each; with a generator shuffled and cut to most_slices."""
     groups = []
     for modality in MODALITIES:
         members = [example for example in examples if example.task.modality == modality]
@@ -79,7 +77,7 @@ def batches(
     for index in generator.permutation(len(groups)) if generator else range(len(groups)):
         members = groups[index]
         if generator is not None:
-            members = [_augmented(_fewer(example, most_slices, generator), generator) for example in members]
+            members = [_fewer(example, most_slices, generator) for example in members]
         yield _collate(members)
 
 
@@ -132,28 +130,6 @@ def _fewer(example: Example, most: int | None, generator: np.random.Generator) -
     kept_S.sort()
     lesion_Shw = None if example.lesion_Shw is None else example.lesion_Shw[kept_S]
     return Example(example.slices_SHW[kept_S], example.task, example.label, lesion_Shw)
-
-
-def _augmented(example: Example, generator: np.random.Generator) -> Example:
-    """Mirrored, shifted a little, slightly brighter or darker: what differs between patients, not between scanners."""
-    slices_SHW, lesion_Shw = example.slices_SHW.astype(np.float32), example.lesion_Shw
-    if generator.random() < 0.5:
-        slices_SHW = slices_SHW[:, :, ::-1]
-        lesion_Shw = None if lesion_Shw is None else lesion_Shw[:, :, ::-1]
-    steps = tuple(int(step) for step in generator.integers(-_MOST_STEPS, _MOST_STEPS + 1, 2))
-    slices_SHW = _shifted(slices_SHW, steps, _SHIFT_STEP_PX)
-    lesion_Shw = None if lesion_Shw is None else _shifted(lesion_Shw, steps, 1)
-    gain, offset = generator.uniform(0.95, 1.05), generator.uniform(-0.03, 0.03)
-    changed_SHW = np.clip(slices_SHW * np.float32(gain) + np.float32(offset), -1.0, 1.0)
-    return Example(changed_SHW.astype(np.float16), example.task, example.label, lesion_Shw)
-
-
-def _shifted(array_SHW: NDArray[Any], steps: tuple[int, ...], step_px: int) -> NDArray[Any]:
-    rows, columns = (step * step_px for step in steps)
-    most = _MOST_STEPS * step_px
-    padded_SHW = np.pad(array_SHW, ((0, 0), (most, most), (most, most)), mode="edge")
-    height, width = array_SHW.shape[1:]
-    return padded_SHW[:, most + rows : most + rows + height, most + columns : most + columns + width]
 
 
 def _collate(members: Sequence[Example]) -> Batch:

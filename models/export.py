@@ -27,8 +27,8 @@ from safetensors import numpy as safetensors_numpy
 from models.bundle import INPUT_NAMES, OUTPUT_NAMES, Array, Arrays, Bundle, BundleParts, read_bundle, write_bundle
 from models.errors import BundleError, ModelError
 from models.network import Hybrid
+from models.restore import load_weights, network_of
 from models.spec import MODALITIES
-from models.training import load_weights, network_of
 
 OPSET = 18
 _CARD_RULE = "\n---\n\n"
@@ -78,7 +78,7 @@ def check_weights(base: Bundle, weights: Mapping[str, NDArray[np.float32]]) -> N
 
 def to_onnx(network: Hybrid) -> bytes:
     """The graph with dynamic B and S, one file, opset OPSET."""
-    size = network.position.shape[-1] * 16
+    size = network.input_px
     slices_BSHW = torch.zeros(2, 3, size, size)
     batch, slices = torch.export.Dim("B", min=1, max=1024), torch.export.Dim("S", min=1, max=1024)
     with tempfile.TemporaryDirectory() as folder, quiet():

@@ -6,6 +6,7 @@ Axes: B series, S slices, H W input pixels, h w places, N = B·S slices, L = h·
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.errors import BundleError
-from models.spec import MODALITIES, InputSpec, TaskSpec
+from models.spec import IMPORTED, MODALITIES, InputSpec, TaskSpec
 
 NANO, TINY, SMALL, BASE = "hybrid-nano", "hybrid-tiny", "hybrid-small", "hybrid-base"
 STRIDE = 32  # the input's side is a multiple of it
@@ -45,8 +46,10 @@ _SIZES: dict[str, tuple[tuple[int, int, int, int], int, tuple[int, int]]] = {  #
 def config_of(network: str, tasks: Sequence[TaskSpec], inputs: Sequence[InputSpec]) -> HybridConfig:
     """The sizes that a manifest's `network` names, for its tasks and inputs.
 
-    Raises BundleError for a name this software does not know and for inputs of several sizes or a size it cannot read.
+    Raises BundleError for a name this software does not know, an imported network and for inputs of several sizes or a size it cannot read.
     """
+    if network == IMPORTED:
+        raise BundleError("an imported network has no weights to train or export", advice="train a bundle made here")
     if network not in _SIZES:
         raise BundleError(f"network {network} is not known here", advice="update the software before this bundle")
     sides = {spec.size for spec in inputs}
@@ -79,16 +82,19 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         first, second, features, wide = config.widths
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, first // 2, 3, 2, 1), _norm(first // 2), nn.GELU(), nn.Conv2d(first // 2, first, 3, 2, 1)
+        self.stem = _named(
+            conv=nn.Conv2d(1, first // 2, 3, 2, 1),
+            norm=_norm(first // 2),
+            gelu=nn.GELU(),
+            down=nn.Conv2d(first // 2, first, 3, 2, 1),
         )
         self.fine = nn.Sequential(*(_ConvBlock(first) for _ in range(config.conv_blocks)))
-        self.shrink = nn.Sequential(_norm(first), nn.GELU(), nn.Conv2d(first, second, 3, 2, 1))
+        self.shrink = _named(norm=_norm(first), gelu=nn.GELU(), down=nn.Conv2d(first, second, 3, 2, 1))
         self.middle = nn.Sequential(*(_ConvBlock(second) for _ in range(config.conv_blocks)))
-        self.tokens = nn.Sequential(_norm(second), nn.GELU(), nn.Conv2d(second, features, 3, 2, 1))
+        self.tokens = _named(norm=_norm(second), gelu=nn.GELU(), down=nn.Conv2d(second, features, 3, 2, 1))
         side = config.input_px // 16
         self.modality = nn.Embedding(len(MODALITIES), features)
-        self.position = nn.Parameter(torch.randn(1, features, side, side) * 0.02)
+        self.position = _Position(features, side)
         self.context = _transformer(config, features, config.depths[0])
         self.wider = _WideContext(config, features, wide) if config.depths[1] else None
         self.detail = nn.Conv2d(second, features, 1)
@@ -96,7 +102,7 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         self.join = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, features))
         self.gate = nn.Conv2d(features, config.attention_heads, 1)
         self.head = nn.Linear(features, len(config.label_modality))
-        self.attention_heads = config.attention_heads
+        self.attention_heads, self.input_px = config.attention_heads, config.input_px
         labels, look = len(config.label_modality), 2 * second
         self.ood_stages = copy.deepcopy(self.texture_stages())
         self.register_buffer("ood_mean_KD", torch.zeros(labels, look))
@@ -119,9 +125,13 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         self.ood_stages.load_state_dict(self.texture_stages().state_dict())
 
     def look(self, slices_BSHW: Tensor, slice_mask_BS: Tensor) -> Tensor:
-        """look_BD: mean and spread of each frozen feature over the places, averaged over the real slices."""
+        """look_BD: mean and spread of each frozen feature over the places, averaged over the real slices.
+
+        At half the resolution: a quarter of the cost.
+        """
         batch, slices, height, width = slices_BSHW.shape
-        map_NCL = self.ood_stages(slices_BSHW.reshape(batch * slices, 1, height, width)).flatten(2)
+        half_NCHW = functional.avg_pool2d(slices_BSHW.reshape(batch * slices, 1, height, width), 2)
+        map_NCL = self.ood_stages(half_NCHW).flatten(2)
         mean_NC1 = map_NCL.mean(2, keepdim=True)
         spread_NC = ((map_NCL - mean_NC1).square().mean(2) + 1e-6).sqrt()
         look_BSD = torch.cat([mean_NC1.squeeze(2), spread_NC], 1).reshape(batch, slices, -1)
@@ -145,7 +155,7 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
     def places(self, slices_N1HW: Tensor, modality_ND: Tensor) -> Tensor:
         """One feature vector per place at 1/8 of the input: the middle stage's detail plus the transformer's context."""
         middle_NCHW = self.texture_stages()(slices_N1HW)
-        tokens_NDhw = self.tokens(middle_NCHW) + self.position + modality_ND[:, :, None, None]
+        tokens_NDhw = self.position(self.tokens(middle_NCHW)) + modality_ND[:, :, None, None]
         context_NDhw = _over_places(self.context, tokens_NDhw)
         if self.wider is not None:
             context_NDhw = context_NDhw + self.wider(context_NDhw)
@@ -161,32 +171,43 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         return (distance_BK + other_BK * FAR).amin(1)
 
 
+class _Position(nn.Module):  # type: ignore[misc]
+    """What a place adds to what is seen there; a module of its own, so that per-example gradients can be taken of it."""
+
+    def __init__(self, features: int, side: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, features, side, side) * 0.02)
+
+    def forward(self, x_NDhw: Tensor) -> Tensor:
+        return x_NDhw + self.table
+
+
 class _WideContext(nn.Module):  # type: ignore[misc]
     """The second transformer stage: a quarter of the places, more features; what it adds to the first."""
 
     def __init__(self, config: HybridConfig, features: int, wide: int) -> None:
         super().__init__()
         side = config.input_px // 32
-        self.down = nn.Sequential(_norm(features), nn.Conv2d(features, wide, 3, 2, 1))
-        self.position = nn.Parameter(torch.randn(1, wide, side, side) * 0.02)
+        self.down = _named(norm=_norm(features), down=nn.Conv2d(features, wide, 3, 2, 1))
+        self.position = _Position(wide, side)
         self.context = _transformer(config, wide, config.depths[1])
         self.back = nn.Conv2d(wide, features, 1)
 
     def forward(self, x_NDhw: Tensor) -> Tensor:
-        wide_NDhw = _over_places(self.context, self.down(x_NDhw) + self.position)
+        wide_NDhw = _over_places(self.context, self.position(self.down(x_NDhw)))
         return functional.interpolate(self.back(wide_NDhw), scale_factor=2.0, mode="nearest")
 
 
 class _ConvBlock(nn.Module):  # type: ignore[misc]
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            _norm(width),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, 1, 1),
-            _norm(width),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, 1, 1),
+        self.body = _named(
+            norm=_norm(width),
+            gelu=nn.GELU(),
+            conv=nn.Conv2d(width, width, 3, 1, 1),
+            norm_2=_norm(width),
+            gelu_2=nn.GELU(),
+            conv_2=nn.Conv2d(width, width, 3, 1, 1),
         )
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -202,11 +223,11 @@ class _TransformerBlock(nn.Module):  # type: ignore[misc]
         self.attention_norm = nn.LayerNorm(features)
         self.query_key_value = nn.Linear(features, 3 * features)
         self.project = nn.Linear(features, features)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(features),
-            nn.Linear(features, mlp_ratio * features),
-            nn.GELU(),
-            nn.Linear(mlp_ratio * features, features),
+        self.mlp = _named(
+            norm=nn.LayerNorm(features),
+            widen=nn.Linear(features, mlp_ratio * features),
+            gelu=nn.GELU(),
+            narrow=nn.Linear(mlp_ratio * features, features),
         )
 
     def forward(self, x_NLD: Tensor) -> Tensor:
@@ -221,6 +242,11 @@ class _TransformerBlock(nn.Module):  # type: ignore[misc]
         weights_NALL = torch.softmax(query_NALd @ key_NALd.transpose(2, 3) * width**-0.5, dim=3)
         mixed_NLD = (weights_NALL @ value_NALd).transpose(1, 2).reshape(-1, length, features)
         return self.project(mixed_NLD)
+
+
+def _named(**layers: nn.Module) -> nn.Sequential:
+    """Layers by name: a weight's name says whether it belongs to a norm (models.delta)."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _transformer(config: HybridConfig, features: int, depth: int) -> nn.Sequential:

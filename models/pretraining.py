@@ -15,26 +15,19 @@ import cv2
 import numpy as np
 from msgspec import structs
 
-from models import calibration
+from models import calibration, drift
+from models.augment import SITE
 from models.bundle import INPUT_NAMES, Array, BundleParts, write_bundle
 from models.examples import LESION_SIDE, Example, batches
 from models.export import OPSET, other_batch, parity, run_torch, to_onnx
+from models.fitting import Progress, TrainingPlan, train
 from models.network import NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
+from models.predicting import Predicted, looks, predict
 from models.preprocess import Volume, prepare
+from models.restore import load_weights, new_network, weights_of
 from models.spec import MODALITIES, InputSpec, Manifest, TaskSpec
 from models.tasks import INPUTS, TASKS
-from models.training import (
-    Predicted,
-    Progress,
-    TrainingPlan,
-    load_weights,
-    looks,
-    new_network,
-    predict,
-    train,
-    weights_of,
-)
 
 NAME, VERSION = "phantom-tiny", "1"
 PHANTOMS_PER_LABEL = {"XR": 900, "CT": 700, "MR": 400}  # an X-ray is one slice: cheap
@@ -48,6 +41,7 @@ PLAN = TrainingPlan(
     batch=16,
     seed=0,
     weight_decay=0.05,
+    augmentation=SITE,
     attention_weight=0.3,
     label_smoothing=0.02,
     most_slices=3,
@@ -65,8 +59,8 @@ class Reading:
     accuracy_answered: float
 
 
-def pretrain(out: Path, seed: int, scale: float, progress: Progress) -> None:
-    """Train, calibrate, measure, write."""
+def pretrain(out: Path, seed: int, scale: float, progress: Progress, checkpoint: Path | None = None) -> None:
+    """Train, calibrate, measure, write. With a checkpoint, what stopped goes on after its last epoch."""
     started = time.monotonic()
     examples = [
         example
@@ -74,7 +68,7 @@ def pretrain(out: Path, seed: int, scale: float, progress: Progress) -> None:
         for example in phantom_examples(modality, max(4, int(count * scale)), seed, BASE)
     ]
     network = new_network(NANO, TASKS, INPUTS, seed)
-    train(network, examples, replace(PLAN, seed=seed), progress)
+    train(network, examples, replace(PLAN, seed=seed), progress, checkpoint=checkpoint)
     fit_ood(network, examples[:: max(1, len(examples) // 1500)])
     manifest = calibrated(network, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
     known = known_inputs()
@@ -149,7 +143,8 @@ def calibrated_task(task: TaskSpec, seen: Predicted) -> TaskSpec:
     temperature = round(calibration.fit_temperature(seen.logits_NK, seen.truth_N), 4)
     probabilities_NK = calibration.softmax(seen.logits_NK, temperature)
     threshold = calibration.conformal_threshold(probabilities_NK, seen.truth_N)
-    return structs.replace(task, temperature=temperature, conformal_threshold=threshold)
+    reference = drift.reference(seen.logits_NK, seen.ood_N, temperature)
+    return structs.replace(task, temperature=temperature, conformal_threshold=threshold, reference=reference)
 
 
 def reading(network: Hybrid, manifest: Manifest, task: TaskSpec, examples: Sequence[Example]) -> Reading:

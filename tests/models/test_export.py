@@ -125,7 +125,7 @@ def test_a_weights_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_a_graph_of_other_weights_fails_parity(shipped: Bundle) -> None:
     from models.export import parity
-    from models.training import load_weights, network_of
+    from models.restore import load_weights, network_of
 
     network = network_of(shipped)
     assert parity(network, shipped.onnx, [shipped.known_inputs]) <= 1e-4

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 @pytest.fixture(scope="module")
 def network():
-    from models.training import new_network
+    from models.restore import new_network
 
     return new_network("hybrid-nano", TASKS, INPUTS, seed=0).eval()
 
@@ -83,7 +83,7 @@ def test_an_unknown_network_is_refused() -> None:
 
 
 def test_the_shipped_weights_are_the_shipped_graph(shipped: Bundle, run_shipped) -> None:
-    from models.training import network_of
+    from models.restore import network_of
 
     inputs = shipped.known_inputs
     by_torch = run(network_of(shipped), inputs)

@@ -36,7 +36,7 @@ class Exported:
 
     def __init__(self, size: str) -> None:
         from models.export import to_onnx
-        from models.training import new_network
+        from models.restore import new_network
         from models.variants import FORMS, to_fp16, to_int8
 
         self.network = new_network(size, TASKS, INPUTS, seed=0).eval()

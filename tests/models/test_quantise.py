@@ -118,7 +118,7 @@ def test_stem_head_gate_and_the_rest_stay_in_float32(graphs: dict[str, bytes]) -
     model = onnx.load_from_string(graphs[QDQ_WITH_OOD.name])
     whole = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     small = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
-    assert {"stem.0.weight", "gate.weight", "head.weight"} <= whole
+    assert {"stem.conv.weight", "gate.weight", "head.weight"} <= whole
     assert any(name.startswith("fine.") for name in small)
 
 

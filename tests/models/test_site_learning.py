@@ -33,7 +33,10 @@ def examples(look: str, modalities: tuple[str, ...], per_label: int, first_seed:
 
 
 def test_the_mean_of_three_boxes_deltas_serves_both_hospitals(shipped: Bundle) -> None:
-    from models.training import TrainingPlan, correct, load_weights, network_of, predict, train, weights_of
+    from models.augment import SITE
+    from models.fitting import TrainingPlan, train
+    from models.predicting import correct, predict
+    from models.restore import load_weights, network_of, weights_of
 
     base = shipped.weights
     names = delta.trainable_names(base, "all")
@@ -45,7 +48,7 @@ def test_the_mean_of_three_boxes_deltas_serves_both_hospitals(shipped: Bundle) -
     for number, (look, modalities, per_label) in enumerate(BOXES):
         own = examples(look, modalities, per_label, 71_000_000 + 1000 * number)
         network = network_of(shipped)
-        train(network, own, TrainingPlan(12, 5e-4, 4, number), lambda epoch, loss: None)
+        train(network, own, TrainingPlan(12, 5e-4, 4, number, augmentation=SITE), lambda epoch, loss: None)
         change, _ = delta.clip(delta.subtract(weights_of(network), base, names), 10.0)
         sent = delta.decode(delta.encode(change, seed=number), shapes)
         total = {name: total[name] + len(own) * sent[name] for name in names}

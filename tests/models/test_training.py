@@ -1,8 +1,11 @@
 """Fine-tuning as the box runs it: a child process on an example folder."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,32 @@ def test_it_learns_what_it_is_shown(tmp_path: Path, examples: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path: Path, examples: Path) -> None:
+    options = ["--epochs", "6", "--trainable", "adapters", "--averaging", "0.9"]
+    assert finetune(examples, tmp_path / "whole", *options).returncode == 0
+    resumable = [*options, "--resume", str(tmp_path / "checkpoint")]
+    command = [sys.executable, "-m", "models.training", "finetune", "--bundle", str(SHIPPED)]
+    command += ["--examples", str(examples), "--out", str(tmp_path / "again"), *resumable]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for _ in range(3):  # two epochs are kept for certain
+            assert child.stdout.readline()
+        child.kill()
+    assert not (tmp_path / "again").exists()
+    again = finetune(examples, tmp_path / "again", *resumable)
+    assert again.returncode == 0, again.stderr
+    assert len(again.stdout.splitlines()) < 6
+    whole, resumed = ((tmp_path / out / "weights.safetensors").read_bytes() for out in ("whole", "again"))
+    assert whole == resumed
+
+
+def test_a_refused_run_leaves_the_last_result_whole(tmp_path: Path, examples: Path) -> None:
+    assert finetune(examples, tmp_path, "--epochs", "1", "--trainable", "heads").returncode == 0
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert finetune(examples, tmp_path, "--epochs", "2", "--lr", "1e30").returncode == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
 def test_heads_leave_the_rest_as_it_was(tmp_path: Path, examples: Path, shipped: Bundle) -> None:
     assert finetune(examples, tmp_path, "--epochs", "1", "--trainable", "heads").returncode == 0
     weights = safetensors_numpy.load_file(tmp_path / "weights.safetensors")
@@ -114,7 +143,9 @@ def rewritten(folder: Path, **change: str) -> None:
         (lambda folder: np.savez(folder / "XR-normal-0.npz", slices_SHW=np.full((1, 96, 96), np.nan, "f2")), "NaN"),
     ],
 )
-def test_examples_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path, harm, reason: str) -> None:
+def test_examples_that_do_not_fit_are_refused_with_the_reason(
+    tmp_path: Path, harm: Callable[[Path], None], reason: str
+) -> None:
     folder = write_examples(tmp_path / "examples", per_label=1, modalities=("XR",))
     harm(folder)
     refused = finetune(folder, tmp_path / "out", "--epochs", "1")
@@ -136,3 +167,36 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path, examples: Path) -> None:
     refused = finetune(examples, tmp_path / "out", bundle=damaged)
     assert refused.returncode == 1
     assert "not a bundle" in json.loads(refused.stderr.splitlines()[-1])["error"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(("--epochs", "0"), ("--batch", "0"), ("--rank", "0"), ("--threads", "0"), ("--patience", "-1")),
+        *(("--lr", "nan"), ("--lr", "0"), ("--averaging", "1"), ("--proximal", "-1"), ("--seed", "-1")),
+        *(("--dp-epsilon", "0"), ("--dp-epsilon", "inf"), ("--trainable", "none")),
+    ],
+)
+def test_an_option_out_of_range_is_refused(
+    tmp_path: Path, wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from models.training import main
+
+    with pytest.raises(SystemExit) as refused:
+        main(["finetune", "--bundle", "b", "--examples", "e", "--out", str(tmp_path), *wrong])
+    assert refused.value.code == 2
+    assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", ["pretrain", "finetune"])
+def test_the_help_explains_every_option(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from models.training import _parser
+
+    with pytest.raises(SystemExit):
+        _parser().parse_args([action, "--help"])
+    text = capsys.readouterr().out
+    actions = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for option in actions.choices[action]._actions:
+        shown = re.search(rf"^  (-h, )?{option.option_strings[-1]}\b", text, re.MULTILINE)
+        assert option.help
+        assert bool(shown) == (option.help != argparse.SUPPRESS), option.option_strings
