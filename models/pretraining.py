@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from msgspec import structs
 
 from models import calibration, drift
@@ -220,6 +221,7 @@ def model_card(network: Hybrid, manifest: Manifest, trained_on: str, difference:
         version=manifest.version,
         parameters=manifest.parameters,
         trained_on=trained_on,
+        threads=torch.get_num_threads(),
         cases=HELD_BACK_PER_LABEL * 3,
         rows="\n".join(rows),
         pointing=f"{pointing_accuracy(network, looks['base']):.3f}",
@@ -249,7 +251,7 @@ tasks. **Not a medical device, not for clinical use.** It has seen only syntheti
 
 ## Training
 
-`python -m models.training pretrain --out models/bundles/{name}.bundle --threads 2` on {trained_on}.
+`python -m models.training pretrain --out models/bundles/{name}.bundle --threads {threads}` on {trained_on}.
 Labels, codes and preprocessing are in manifest.json.
 
 ## Measured
