@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cloud_hub.aggregation import RunningSum
 from cloud_hub.update import Opener, Update, open_update
-from fleet_link.errors import TrustError, WardroundError
+from fleet_link.errors import SiteError, TrustError, WardroundError
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Trust
 from fleet_link.sealing import SealingKey
@@ -59,10 +59,12 @@ class Collection:
 
 
 def rebuild(plan: RoundPlan, base: Path, vault: Vault, counted: Iterable[Counted]) -> Collection:
-    """The sum over what is counted so far. Raises LostError."""
+    """The sum over what is counted so far. Raises LostError, and SiteError for what may be over in a moment."""
     try:
         weights = read_bundle(base).weights
     except BundleError as error:
+        if _may_be_over(error.__cause__):
+            raise SiteError(str(error), advice=error.advice) from error
         raise LostError(f"the round's base cannot be read: {error}", advice=error.advice) from error
     shapes = {name: weights[name].shape for name in delta.trainable_names(weights, plan.trainable)}
     opener = Opener(plan, shapes, vault.sealing_key, vault.trust, vault.examples_cap)
@@ -72,7 +74,16 @@ def rebuild(plan: RoundPlan, base: Path, vault: Vault, counted: Iterable[Counted
             # As of when it was counted: its certificate may have ended since.
             collection.add(row.device, collection.open(row.path, sender=row.device, now=row.counted_at))
         except (OSError, TrustError) as error:
+            if _may_be_over(error):
+                raise SiteError(
+                    f"the counted update of {row.device} cannot be read now", advice="check the hub's disk and limits"
+                ) from error
             raise LostError(
                 f"the counted update of {row.device} cannot be read again: {error}", advice="check the hub's disk"
             ) from error
     return collection
+
+
+def _may_be_over(error: BaseException | None) -> bool:
+    """Too many open files or a moment's trouble of the disk; a file that is not there is lost."""
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

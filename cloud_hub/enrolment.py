@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from cloud_hub import ca, registry, releases
 from cloud_hub.context import Context, bounded_body
-from cloud_hub.database import Certificate, Token
+from cloud_hub.database import Certificate, Device, Token
 from fleet_link import pki
 from fleet_link.errors import TrustError
 from fleet_link.topics import is_device_id
@@ -115,6 +115,7 @@ def enrol(
         session.add(row)
         session.flush()
         token.used_at, token.certificate_serial = now, row.serial
+        session.get_one(Device, claim.device).last_sequence = 0  # a fresh disk counts anew; the old certificate is out
     if replaced:
         context.reload_broker()
     log.info("device %s enrolled, certificate %s", claim.device, row.serial)

@@ -6,6 +6,7 @@ Source: ARCHITECTURE.md, "Rounds".
 """
 
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from cloud_hub.ledger import REASON_CHARACTERS
 from cloud_hub.releases import Repository
 from cloud_hub.rounds import Member, State
 from cloud_hub.update import Update
+from fleet_link import notify
 from fleet_link.errors import SiteError, TrustError
 from fleet_link.files import move_durably
 from fleet_link.messages import RoundAnswer, TransferOffer
@@ -128,7 +130,8 @@ class Intake:
         if held is None or held.plan.round_id != round_id or held.devices != {part.device for part in parts}:
             data_dir = self._config.paths.data_dir
             counted = [Counted(p.device, data_dir / (p.update_path or ""), p.counted_at or 0.0) for p in parts]
-            held = self._collection = collection.rebuild(plan, self.base(plan.base_digest), self._vault, counted)
+            base = self.base(plan.base_digest)
+            held = self._collection = collection.rebuild(plan, base, self._vault, _alive(counted))
         return held
 
     def base(self, digest: str) -> Path:
@@ -157,3 +160,10 @@ class Intake:
             part.counted_at = now
         log.info("round %s: counted %s, %d examples", offer.subject, device, update.examples)
         return ""
+
+
+def _alive(counted: Iterable[Counted]) -> Iterator[Counted]:
+    """Opening many updates again takes long; the watchdog is told meanwhile."""
+    for row in counted:
+        notify.watchdog()
+        yield row

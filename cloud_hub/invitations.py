@@ -22,7 +22,7 @@ from cloud_hub.rounds import Member, State
 from fleet_link import messages, sealing
 from fleet_link.errors import SiteError
 from fleet_link.messages import RoundPlan
-from models.bundle import SUFFIX, read_bundle
+from models.bundle import SUFFIX, read_manifest
 from models.delta import Trainable
 from models.errors import BundleError
 
@@ -86,10 +86,11 @@ def start_round(
 
 
 def _base(session: Session) -> Release:
-    """The newest release at stage EVERYONE, else the first: one that is stuck on trial holds no round back."""
+    """The newest release at stage EVERYONE, else the first not halted: one stuck on trial holds no round back."""
     newest_first = select(Release).order_by(Release.release_version.desc())
     base = session.scalars(newest_first.where(Release.state == Stage.EVERYONE)).first()
-    base = base or session.scalars(select(Release).order_by(Release.release_version)).first()
+    oldest_first = select(Release).where(Release.state != Stage.HALTED).order_by(Release.release_version)
+    base = base or session.scalars(oldest_first).first()
     if base is None:
         raise SiteError("there is no release to start from", advice="complete the hub: hub init")
     return base
@@ -97,7 +98,7 @@ def _base(session: Session) -> Release:
 
 def _check_trainable(path: Path) -> None:
     try:
-        manifest = read_bundle(path).manifest
+        manifest = read_manifest(path)
     except BundleError as error:
         raise SiteError(f"the round's base cannot be read: {error}", advice=error.advice) from error
     if not manifest.is_trainable:

@@ -50,7 +50,8 @@ def drop(session: Session, round_id: str, reason: str, now: float) -> None:
     """
     row = find(session, round_id)
     made = session.scalar(select(Release.release_version).where(Release.round_id == round_id))
-    if State(row.state) in rounds.FINISHED or made is not None:
+    is_published = State(row.state) is State.EVALUATED and made is not None
+    if State(row.state) in rounds.FINISHED or is_published:
         raise SiteError(f"round {round_id} is over", advice=f"fleet round show {round_id}")
     advance(session, row, rounds.Failed("dropped by the operator" + (f": {reason}" if reason else "")), now)
 

@@ -88,7 +88,7 @@ class Link:
         self._identity = parts.identity
         with parts.database.reading() as session:
             self._sequence = envelope.Sequence(parts.clock, counter(session, SENT_SEQUENCE), self._reserve)
-        self._windows: dict[str, envelope.ReplayWindow] = {}
+        self._windows: dict[str, tuple[str, envelope.ReplayWindow]] = {}  # device -> certificate serial, its window
         self._owed: dict[str, float] = {}  # device -> when to tell it again what it is missing
         self._transfers = Transfers(parts.config, parts.database, parts.intake, self._say, self._send_chunk)
         self._news = True  # facts that a rollout depends on have changed
@@ -112,21 +112,22 @@ class Link:
     def tick(self, round_news: bool) -> None:
         """Every loop_s: rollout decisions; `round_news` when a round began or ended."""
         now = self._parts.clock()
-        if self._news or round_news:
-            self._news = False
-            for device in self._parts.distribution.decide(now):
-                self._owed[device] = now
         if round_news:
             self._transfers.drop_unwanted()
             self._owe_everybody(now)
+        if self._news or round_news:
+            self._news = True  # until the decision is made, whatever goes wrong in it
+            for device in self._parts.distribution.decide(now):
+                self._owed[device] = now
+            self._news = False
 
     def use_identity(self, identity: Identity) -> None:
         """Go on with another certificate of the hub: signed and connected with it from now on. The same again is nothing."""
         if identity.certificate_der == self._identity.certificate_der:
             return
-        self._identity = identity
         self._parts.bus.stop()
         self._parts.bus.start()
+        self._identity = identity
         log.info("the link goes on with the hub's new certificate")
 
     def close(self) -> None:
@@ -166,7 +167,10 @@ class Link:
         with self._parts.database.reading() as session:
             registry.check_certificate(session, device, opened.serial)
         # 4. Not seen before; kept on disk before anything comes of it.
-        window = self._windows.setdefault(device, envelope.ReplayWindow(row.last_sequence))
+        serial, window = self._windows.get(device, ("", None))
+        if window is None or serial != opened.serial:
+            window = envelope.ReplayWindow(row.last_sequence)
+            self._windows[device] = opened.serial, window
         window.accept(opened.sequence, opened.digest)
         with self._parts.database.writing() as session:
             session.get_one(Device, device).last_sequence = window.highest
@@ -205,6 +209,8 @@ class Link:
         offered = self._parts.distribution.offers.get(device)
         if offered is None or offered.bundle_digest != request.bundle_digest:
             raise LinkError(f"bundle {request.bundle_digest[:12]} is not offered to {device}")
+        if self._transfers.is_sending(device, request.bundle_digest):  # it asks again while it receives
+            return
         path = self._parts.repository.bundle_path(request.bundle_digest)
         self._transfers.send_bundle(device, request.bundle_digest, path, now)
 

@@ -60,7 +60,8 @@ def _try(bundle_digest: str, devices: Sequence[DeviceFacts], chosen: Collection[
     everywhere = bool(heard) and all(d.bundle_digest == bundle_digest for d in heard)
     if everywhere or (first and all(_has_passed(d, bundle_digest) for d in first)):
         return Decision(Stage.EVERYONE, names, _offers(devices, bundle_digest))
-    return Decision(Stage.CANARY, names, _offers(first, bundle_digest))
+    # One that says it runs the release but whose report is not here is asked too: it answers at once.
+    return Decision(Stage.CANARY, names, tuple(sorted(d.device for d in first if not d.outcome)))
 
 
 def _canaries(
@@ -68,7 +69,7 @@ def _canaries(
 ) -> list[DeviceFacts]:
     """Those chosen before, but for one that went silent with nothing said; then healthy ones that can still try it."""
     before = [d for d in devices if d.device in chosen]
-    kept = [d for d in before if not d.silent or d.outcome or d.bundle_digest == bundle_digest]
+    kept = [d for d in before if not d.silent or d.outcome]
     fit = [d for d in devices if d.device not in chosen and d.healthy and (d.outcome or _lacks(d, bundle_digest))]
     fit.sort(key=lambda d: not d.outcome)
     return (kept + fit)[:count] or before

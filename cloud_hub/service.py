@@ -45,6 +45,7 @@ PAUSE_S = 1.0  # after a link that failed at once: the loop does not spin
 RETRY_S = 60.0
 TOLD_AGAIN_S = 3600.0
 HTTPS_STOP_S = 10.0
+HTTPS_CONNECTIONS_MAX = 256
 WATCHDOG_S = 10.0
 
 
@@ -146,12 +147,13 @@ class _Every:
 
 def _renew(config: Config, authority: Authority, tls: ssl.SSLContext, link: Link, broker: Broker) -> None:
     """The hub's own certificates, while it runs: new connections see the new ones, the old ones are valid for long."""
-    if not setup.renew_own_certificates(config, authority, now=time.time()):
-        return
-    log.info("the hub's own certificates: renewed")
+    is_renewed = setup.renew_own_certificates(config, authority, now=time.time())
+    # Taken up each day, renewed or not: what failed half-way the last time is made good.
     tls.load_cert_chain(config.paths.server_certificate, config.paths.server_key)
     link.use_identity(load_identity(config.paths.hub_key, config.paths.hub_certificate))
-    broker.reload()
+    if is_renewed:
+        log.info("the hub's own certificates: renewed")
+        broker.reload()
 
 
 def _broker(config: Config, hub: Database, authority: Authority, strangers: Strangers) -> Broker:
@@ -187,6 +189,7 @@ def _https(
         access_log=False,
         server_header=False,
         lifespan="off",
+        limit_concurrency=HTTPS_CONNECTIONS_MAX,
         timeout_graceful_shutdown=int(HTTPS_STOP_S // 2),
     )
     settings.load()

@@ -87,15 +87,26 @@ class Transfers:
 
     def receive_due(self, now: float) -> None:
         """Progress to the boxes; whole files to the intake, then the receipt."""
+        troubles = []
         for (device, transfer_id), incoming in list(self._incoming.items()):
-            if incoming.complete:
-                del self._incoming[device, transfer_id]
-                self._finish(device, incoming, now)
-            elif incoming.progress_due(now):
-                progress = TransferProgress(message_id=_id(), transfer_id=transfer_id, received_bitmap=incoming.bitmap)
-                self._say(device, progress)
-                received = int.from_bytes(incoming.bitmap, "little").bit_count() * incoming.offer.chunk_bytes
-                self._note(device, incoming.offer, "in", min(received, incoming.offer.size), now)
+            try:
+                self._receive(device, transfer_id, incoming, now)
+            except SiteError as error:  # of this one alone: the others go on
+                self._incoming.pop((device, transfer_id), None)
+                incoming.close()
+                troubles.append(error)
+        if troubles:
+            raise troubles[0]
+
+    def _receive(self, device: str, transfer_id: str, incoming: chunks.Incoming, now: float) -> None:
+        if incoming.complete:
+            del self._incoming[device, transfer_id]
+            self._finish(device, incoming, now)
+        elif incoming.progress_due(now):
+            progress = TransferProgress(message_id=_id(), transfer_id=transfer_id, received_bitmap=incoming.bitmap)
+            self._say(device, progress)
+            received = int.from_bytes(incoming.bitmap, "little").bit_count() * incoming.offer.chunk_bytes
+            self._note(device, incoming.offer, "in", min(received, incoming.offer.size), now)
 
     def drop_unwanted(self) -> None:
         """After a round's end: what is still coming in for it goes; its box is told that the round is closed."""
@@ -144,12 +155,13 @@ class Transfers:
 
     # --- out ------------------------------------------------------------------------------------------
 
+    def is_sending(self, device: str, digest: str) -> bool:
+        return (device, _bundle_transfer(digest)) in self._outgoing
+
     def send_bundle(self, device: str, digest: str, path: Path, now: float) -> None:
-        """Start it, or go on if it is on its way. Raises SiteError if the file cannot be read."""
-        transfer_id = chunks.transfer_id(kind="bundle", subject=digest, sha256=digest, sender=HUB)
+        """Start it. Raises SiteError if the file cannot be read."""
+        transfer_id = _bundle_transfer(digest)
         key = (device, transfer_id)
-        if key in self._outgoing:
-            return
         offer = chunks.new_offer(path, kind="bundle", subject=digest, transfer_id=transfer_id, message_id=_id())
         self._outgoing[key] = chunks.Outgoing(path, offer)
         self._heard_at[key] = now
@@ -175,15 +187,25 @@ class Transfers:
 
     def send_due(self, now: float) -> None:
         """Offers, and as many chunks as window and queue take."""
+        troubles = []
         for (device, transfer_id), outgoing in list(self._outgoing.items()):
             if now - self._heard_at[device, transfer_id] > SILENCE_S:
                 self._outgoing.pop((device, transfer_id)).close()
                 continue
-            if outgoing.offer_due(now):
-                self._say(device, outgoing.offer)
-            for _, frame in outgoing.due(now):
-                if not self._send_chunk(device, frame):
-                    return
+            try:
+                if not self._send(device, outgoing, now):
+                    break
+            except SiteError as error:  # of this one alone: the others go on, its box asks again
+                self._outgoing.pop((device, transfer_id)).close()
+                troubles.append(error)
+        if troubles:
+            raise troubles[0]
+
+    def _send(self, device: str, outgoing: chunks.Outgoing, now: float) -> bool:
+        """False when the queue takes no more."""
+        if outgoing.offer_due(now):
+            self._say(device, outgoing.offer)
+        return all(self._send_chunk(device, frame) for _, frame in outgoing.due(now))
 
     # --- for the operator -----------------------------------------------------------------------------
 
@@ -220,6 +242,10 @@ class Transfers:
                     changed_at=now,
                 )
             )
+
+
+def _bundle_transfer(digest: str) -> str:
+    return chunks.transfer_id(kind="bundle", subject=digest, sha256=digest, sender=HUB)
 
 
 def _id() -> str:

@@ -86,6 +86,8 @@ class Bus:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = MAX_PACKET_BYTES
         self._stopping.clear()
+        with self._chunks_lock:
+            self._chunks.clear()  # a former client's will never be gone
         self._client = client
         client.connect_async(
             self._config.host, self._config.port, self._config.keepalive_s, clean_start=True, properties=properties

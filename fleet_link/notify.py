@@ -59,7 +59,7 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     threading.excepthook = _without_text
     warnings.simplefilter("ignore")  # pydicom's warnings quote the values of elements
-    for chatty in ("pynetdicom", "httpx", "httpcore", "uvicorn.access", "tuf", "pydicom", "highdicom"):
+    for chatty in ("pynetdicom", "httpx", "httpcore", "uvicorn.access", "uvicorn.error", "tuf", "pydicom", "highdicom"):
         logging.getLogger(chatty).setLevel(logging.ERROR)  # their lines may hold patient data or tokens
 
 

@@ -118,6 +118,18 @@ def read_bundle(path: Path) -> Bundle:
     return bundle
 
 
+def read_manifest(path: Path) -> Manifest:
+    """What a bundle that was read and checked before says of itself; its other members are not looked at.
+
+    Raises BundleError.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _manifest(archive.read(MANIFEST))
+    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+        raise BundleError(f"{path.name} cannot be read: {error}", advice=_REFUSED) from error
+
+
 def write_bundle(path: Path, parts: BundleParts) -> str:
     """Write atomically and durably; give the digest. The same parts give the same bytes."""
     members = {

@@ -125,6 +125,10 @@ def test_base_is_the_newest_release_for_everyone_however_long_another_is_on_tria
         with hub.files.database.writing() as session:
             ledger.drop(session, hub.round_id, "", hub.now)
     assert bases == [first.base_digest, first.base_digest, made]
+    with hub.files.database.writing() as session:
+        session.get_one(Release, 1).state = Stage.HALTED
+        session.get_one(Release, 2).state = Stage.CANARY
+    assert hub.start().base_digest == made  # the first one that is not halted
 
 
 def test_round_has_another_name_after_the_hub_lost_the_first(hub: RoundHub) -> None:
@@ -170,6 +174,15 @@ def test_round_dropped_at_the_moment_of_its_publication_makes_no_release(hub: Ro
     hub.coordinator._publish(plan.round_id, hub.now)  # decided before the operator's word
     assert hub.release(2) is None
     assert len(list(hub.repository.listed())) == 1
+
+
+def test_round_whose_release_a_restored_database_does_not_know_can_be_dropped(hub: RoundHub) -> None:
+    plan = hub.start()
+    hub.join("a", "b", "c")
+    with hub.files.database.writing() as session:
+        session.get_one(Release, 1).round_id = plan.round_id  # published after the backup: files are newer than rows
+        ledger.drop(session, plan.round_id, "", hub.now)
+    assert hub.round().state == "dropped"
 
 
 def test_finished_or_unknown_round_is_not_dropped(hub: RoundHub) -> None:
@@ -505,6 +518,23 @@ def test_counted_update_lost_from_disk_drops_the_round_with_its_reason(hub: Roun
     assert hub.deliver("b", hub.boxes["b"].seal(plan, 0.01)) == f"round {hub.round_id} is over"
     assert "the counted update of a cannot be read again" in hub.round().reason
     assert hub.member("b").state == "joined"  # not its fault
+
+
+def test_disk_in_trouble_for_a_moment_drops_no_round(hub: RoundHub) -> None:
+    plan = hub.start()
+    hub.join("a", "b", "c")
+    hub.deliver("a", hub.boxes["a"].seal(plan, 0.01))
+    kept = hub.files.config.paths.rounds / hub.round_id / "updates" / "a.sealed"
+    content = kept.read_bytes()
+    kept.unlink()
+    kept.mkdir()  # whatever opens it gets an OSError that is not "no such file"
+    hub.restart()
+    with pytest.raises(SiteError, match="cannot be read now"):
+        hub.deliver("b", hub.boxes["b"].seal(plan, 0.01))
+    kept.rmdir()
+    kept.write_bytes(content)
+    assert hub.deliver("b", hub.boxes["b"].seal(plan, 0.01)) == ""
+    assert hub.round().state not in ("dropped",)
 
 
 @pytest.mark.parametrize("summed", [False, True])

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import NameOID
 
 from cloud_hub import registry
-from cloud_hub.database import Certificate, Refusal
+from cloud_hub.database import Certificate, Device, Refusal
 from fleet_link import pki
 from fleet_link.tokens import EnrolmentToken
 from tests.cloud_hub.hub_support import HttpsHub, make_hub_files, new_csr, new_key
@@ -194,6 +194,15 @@ def test_a_revoked_device_is_refused_even_with_its_used_token(hub: HttpsHub) -> 
     answer = _enrol(hub, ("box-a", token.secret), _body(key))
     assert answer.status_code == 403
     assert "is revoked" in answer.text
+
+
+def test_enrolling_anew_counts_sequences_anew(hub: HttpsHub) -> None:
+    _enrol(hub, ("box-a", _token(hub).secret), _body(new_key()))
+    with hub.files.database.writing() as session:
+        session.get_one(Device, "box-a").last_sequence = 1 << 60  # its clock was wrong once; then its disk died
+    _enrol(hub, ("box-a", _token(hub).secret), _body(new_key()))
+    with hub.files.database.reading() as session:
+        assert session.get_one(Device, "box-a").last_sequence == 0
 
 
 def test_enrolling_anew_revokes_the_former_certificate(hub: HttpsHub) -> None:

@@ -75,8 +75,15 @@ def test_revoked_canary_is_replaced() -> None:
 
 
 def test_canary_that_has_said_something_stays_and_holds_the_release_when_it_goes_silent() -> None:
-    for said in (replace(ACTIVE, silent=True, healthy=False), device("north-1", runs=NEW, silent=True)):
-        assert decide(Stage.CANARY, [*OTHERS, said], **ON) == Decision(Stage.CANARY, ("north-1",), ())
+    said = replace(ACTIVE, silent=True, healthy=False)
+    assert decide(Stage.CANARY, [*OTHERS, said], **ON) == Decision(Stage.CANARY, ("north-1",), ())
+
+
+def test_canary_whose_report_was_lost_is_asked_again_and_replaced_when_it_goes_silent() -> None:
+    runs_it = device("north-1", runs=NEW)
+    assert decide(Stage.CANARY, [*OTHERS, runs_it], **ON) == Decision(Stage.CANARY, ("north-1",), ("north-1",))
+    silent = device("north-1", runs=NEW, silent=True)
+    assert decide(Stage.CANARY, [*OTHERS, silent], **ON) == Decision(Stage.CANARY, ("north-2",), ("north-2",))
 
 
 def test_canary_with_an_alarm_stays_and_holds_the_release() -> None:
