@@ -24,6 +24,7 @@ from models.errors import BundleError
 log = logging.getLogger(__name__)
 
 IN_USE = "the bundle in use"  # name of its alarm
+STAND_IN = "stand_in_bundle"  # counter: the first 48 bits of the digest that reads while the one in use cannot
 FROM_HUB_BEFORE = "a release of the hub before"
 
 
@@ -77,6 +78,15 @@ def base_file(db: sqlite3.Connection, data_dir: Path, digest: str) -> Path | Non
     return path if path and path.exists() else None
 
 
+def file_that_reads(db: sqlite3.Connection, data_dir: Path) -> Path | None:
+    """Of the bundle in use, or of what reads for it since the last start; None before the first one."""
+    stand_in = database.counter(db, STAND_IN)
+    if stand_in:
+        return next(data_dir.glob(path_of(f"{stand_in:012x}*")), None)
+    row = db.execute("SELECT path FROM bundles WHERE state = 'active'").fetchone()
+    return data_dir / row["path"] if row else None
+
+
 def is_coming(db: sqlite3.Connection, digest: str) -> bool:
     """True while the bundle is on its way or being checked."""
     found = db.execute(
@@ -103,16 +113,20 @@ def load_active(db: sqlite3.Connection, config: Config, now: float) -> ActiveBun
             failed.append((row, str(error)))
             continue
         except SiteError as error:
-            ledger.hold_up(db, IN_USE, error, now)
+            _tell_waiting(db, error, now)
             waiting = True
             continue
         if _is_outdated(row, config):
             break
-        if not waiting:
+        if waiting:
+            _keep_stand_in(db, row["bundle_digest"])
+        else:
             _roll_back(db, failed, row, now)
         return ActiveBundle(Active(reader, row["bundle_digest"], row["release_version"]))
     shipped = _open_shipped(config)
-    if not waiting:
+    if waiting:
+        _keep_stand_in(db, shipped.digest)
+    else:
         _use_shipped(db, shipped, failed, now)
     return ActiveBundle(shipped)
 
@@ -123,7 +137,7 @@ def activate(db: sqlite3.Connection, digest: str, release_version: int, now: flo
         "UPDATE bundles SET state = 'previous', changed_at = ? WHERE state = 'active' AND bundle_digest <> ?",
         (now, digest),
     )
-    database.end_alarm(db, IN_USE)
+    _end_waiting(db)
     database.end_alarm(db, release_name(release_version))
     db.execute(
         "INSERT INTO bundles VALUES (?, ?, ?, 'active', '', ?) ON CONFLICT(bundle_digest) DO UPDATE"
@@ -178,6 +192,21 @@ def _in_order(db: sqlite3.Connection) -> list[sqlite3.Row]:
     ).fetchall()
 
 
+def _tell_waiting(db: sqlite3.Connection, error: SiteError, now: float) -> None:
+    text = f"{IN_USE} cannot be opened: {error}; another one reads; restart edge-agent to try it again"
+    log.error("%s (%s)", text, error.advice)
+    database.raise_alarm(db, IN_USE, text, now)
+
+
+def _keep_stand_in(db: sqlite3.Connection, digest: str) -> None:
+    database.keep(db, STAND_IN, int(digest[:12], 16))
+
+
+def _end_waiting(db: sqlite3.Connection) -> None:
+    database.end_alarm(db, IN_USE)
+    database.forget(db, STAND_IN)
+
+
 def _shipped(config: Config) -> Path:
     return config.inference.bundle or bundle_file.SHIPPED
 
@@ -209,7 +238,7 @@ def _use_shipped(db: sqlite3.Connection, shipped: Active, failed: list[tuple[sql
 
 
 def _roll_back(db: sqlite3.Connection, failed: list[tuple[sqlite3.Row, str]], to: sqlite3.Row, now: float) -> None:
-    database.end_alarm(db, IN_USE)
+    _end_waiting(db)
     if not failed:
         return
     with transaction(db):

@@ -213,12 +213,19 @@ def mark_reported(db: sqlite3.Connection, series_no: int) -> None:
 def mark_failed(db: sqlite3.Connection, series_no: int, reason: str, unreadable: Sequence[str] = ()) -> None:
     """`reason` is for the operator and holds no patient data; `unreadable`: paths of instances that cannot be decoded."""
     with transaction(db):
-        _clear_unreadable(db, series_no)
-        db.executemany(
-            "INSERT INTO unreadable SELECT SOPInstanceUID FROM instances WHERE series_no = ? AND path = ?",
-            [(series_no, path) for path in unreadable],
-        )
-        _move(db, series_no, Event.FAILED, reason)
+        _fail(db, series_no, reason, unreadable)
+
+
+def mark_missing(
+    db: sqlite3.Connection, series_no: int, reason: str, paths: Sequence[Path], unreadable: Sequence[str]
+) -> None:
+    """An image was not there when the series was read: failed, unless all have come by now; then it stays DUE.
+
+    Looked at in the transaction: a file is on the disk before it is cataloged, so its sender comes before or after.
+    """
+    with transaction(db):
+        if not all(path.exists() for path in paths):
+            _fail(db, series_no, reason, unreadable)
 
 
 def mark_not_for_us(db: sqlite3.Connection, series_no: int, reason: str) -> None:
@@ -313,8 +320,8 @@ def _touch(db: sqlite3.Connection, row: sqlite3.Row, now: float) -> None:
 
 
 def _wants_again(db: sqlite3.Connection, row: sqlite3.Row) -> bool:
-    """True where the same bytes are news: the series failed, or its images were removed."""
-    return row["state"] == State.FAILED or images_removed_at(db, row["series_no"]) is not None
+    """True where the same bytes are news: the series failed or its images were removed, and more of it may follow."""
+    return row["state"] in (State.FAILED, State.RECEIVING) or images_removed_at(db, row["series_no"]) is not None
 
 
 def _is_unreadable(db: sqlite3.Connection, SOPInstanceUID: str) -> bool:
@@ -348,6 +355,15 @@ def _set_aside(db: sqlite3.Connection, kept: Kept, reason: str, calling_ae: str,
         (kept.path, kept.size, reason, calling_ae, now, rival_of),
     ).lastrowid
     log.warning("quarantine %d: %s", number, reason)
+
+
+def _fail(db: sqlite3.Connection, series_no: int, reason: str, unreadable: Sequence[str]) -> None:
+    _clear_unreadable(db, series_no)
+    db.executemany(
+        "INSERT INTO unreadable SELECT SOPInstanceUID FROM instances WHERE series_no = ? AND path = ?",
+        [(series_no, path) for path in unreadable],
+    )
+    _move(db, series_no, Event.FAILED, reason)
 
 
 def _move(db: sqlite3.Connection, series_no: int, event: Event, reason: str = "") -> None:

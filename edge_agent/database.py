@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fleet_link.errors import SiteError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # What schema.sql cannot do to a table that is there already, by the version that it leads to.
 CHANGES = {2: "ALTER TABLE quarantine ADD COLUMN SOPInstanceUID TEXT NOT NULL DEFAULT ''"}
 
@@ -48,9 +48,10 @@ def _bring_up_to_date(db: sqlite3.Connection) -> None:
     """Whole or not at all; a second process that opens the database at the same time waits and finds it done."""
     with transaction(db):
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
-        if version:
-            for number in range(version + 1, SCHEMA_VERSION + 1):
-                db.execute(CHANGES[number])
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'quarantine'").fetchone():
+            for number in sorted(CHANGES):
+                if number > max(version, 1):  # a file with tables is of version 1 at least, even where it says 0
+                    db.execute(CHANGES[number])
         schema = files("edge_agent").joinpath("schema.sql").read_text("utf-8")
         for statement in filter(str.strip, re.sub(r"--.*", "", schema).split(";")):
             db.execute(statement)  # executescript() would commit first

@@ -64,6 +64,10 @@ class DecodeError(SiteError):
     """A series that cannot become one volume; the reason is for the operator."""
 
 
+class MissingImageError(DecodeError):
+    """A file of the series is not there; its sender may be bringing it again."""
+
+
 class NotForUsError(DecodeError):
     """A sound series that no task reads: another modality, a localiser, a screenshot."""
 
@@ -197,9 +201,13 @@ def _read_slices(path: Path) -> list[_Slice]:
             return [_slice(path, ds, _groups(ds, index), index + 1) for index in range(max(frames, 1))]
         return [_slice(path, ds, [ds], None)]
     except FileNotFoundError as error:
-        raise DecodeError("an image is no longer on this box", advice="send the whole series again") from error
+        raise _missing() from error
     except PYDICOM_ERRORS as error:
         raise DecodeError(f"an image's header cannot be understood: {_complaint(error)}") from error
+
+
+def _missing() -> MissingImageError:
+    return MissingImageError("an image is no longer on this box", advice="send the whole series again")
 
 
 def _check_kind(ds: Dataset) -> None:
@@ -283,6 +291,8 @@ def _images(path: Path, wanted: Sequence[_Slice]) -> Iterator[NDArray[np.float32
     """Frames of one file in modality units, in the order of `wanted`."""
     try:
         ds = dcmread(path)
+    except FileNotFoundError as error:
+        raise _missing() from error
     except PYDICOM_ERRORS as error:
         raise DecodeError(f"an image cannot be read: {_complaint(error)}") from error
     frame_indices = [(piece.source.frame_number or 1) - 1 for piece in wanted]

@@ -1,6 +1,6 @@
-"""Drift: an alarm for as long as a task's newest readings are unlike the bundle's reference.
+"""Drift: a notice for as long as a task's newest readings are unlike the bundle's reference.
 
-Reads results; writes alarms, which status, doctor and the heartbeat tell: task and statistic, nothing about patients.
+Reads results; writes notices, which status, doctor and the heartbeat tell: task and statistic, nothing about patients.
 Never changes how a series is judged.
 Source: models.drift.
 """
@@ -23,7 +23,7 @@ from models.spec import Manifest, TaskSpec
 log = logging.getLogger(__name__)
 
 NEWEST = 1000  # results of all tasks among which each task's newest are looked for
-ALARM = "drift of "  # and the task: name of the alarm
+ALARM = "drift of "  # and the task: name of the notice
 ADVICE = "see what changed (scanner, protocol, patients) and review some of its series, so that this box follows"
 _READINGS = """
     SELECT r.series_no, r.findings FROM results r
@@ -33,7 +33,7 @@ _READINGS = """
 
 
 def watch(db: sqlite3.Connection, bundle: Bundle, now: float) -> None:
-    """Raise and end alarms by what the results say now; may run any number of times."""
+    """Raise and end notices by what the results say now; may run any number of times."""
     drifted = {
         ALARM + task: text_of(task, verdict)
         for task, verdict in verdicts(db, bundle.digest, bundle.manifest).items()

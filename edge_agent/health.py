@@ -120,9 +120,16 @@ def alarms(db: sqlite3.Connection, config: Config, free: int) -> list[str]:
     """What somebody must look at on this box, the link's own troubles apart; `edge-agent status` shows it too."""
     told = database.alarms(db)
     if free < config.dicom.min_free_bytes:
-        could_go = retention.removable(db)
         told.append(
-            f"disk: {free} bytes free, images are refused below {config.dicom.min_free_bytes}; a smaller storage.keep_days"
-            f" removes up to {could_go.bytes} bytes, the images of {could_go.series} delivered series"
+            f"disk: {free} bytes free, images are refused below {config.dicom.min_free_bytes}; {_room(db, config)}"
         )
     return told
+
+
+def _room(db: sqlite3.Connection, config: Config) -> str:
+    """Where some could come from."""
+    could_go = retention.removable(db)
+    if not config.pacs.enabled and not could_go.series:
+        return "no images are removed while pacs.enabled = false: free some disk or add some"
+    days = "a smaller storage.keep_days" if config.storage.keep_days else "a storage.keep_days above 0"
+    return f"{days} removes up to {could_go.bytes} bytes, the images of {could_go.series} delivered series"

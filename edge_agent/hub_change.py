@@ -1,7 +1,7 @@
-"""Another hub: what belongs to the one before ends, the bundle in use goes on reading.
+"""Another hub: what belongs to the one before ends. Another certificate: what was sealed with the old one is made anew.
 
-Reads the enrolled CA; moves rows of rounds, bundles and the outbox, once per change.
-Never talks to a hub; a certificate renewed by the same hub changes nothing.
+Reads the enrolled CA and certificate; moves rows of rounds, bundles and the outbox, once per change.
+Never talks to a hub; the bundle in use goes on reading.
 Source: ARCHITECTURE.md, "Releases": release numbers and their protection against rollback are each hub's own.
 """
 
@@ -13,17 +13,25 @@ from edge_agent import bundles, database, ledger
 from edge_agent.identity import Enrolled
 from edge_agent.ledger import Outcome
 from edge_agent.link import HIGHEST_SEQUENCE
-from edge_agent.rounds import Event
+from edge_agent.rounds import Event, State
 from fleet_link import pki
 
 log = logging.getLogger(__name__)
 
 HUB = "hub"  # counter: the first 48 bits of the fingerprint of the hub's CA
+CERTIFICATE = "certificate"  # counter: and of the certificate of this box
 
 
 def follow(db: sqlite3.Connection, data_dir: Path, enrolled: Enrolled, now: float) -> None:
-    """At start. Killed in the middle, the next start does it again: the counter comes last."""
-    theirs = int(pki.fingerprint(enrolled.folder.ca.read_bytes())[:12], 16)
+    """At start. Killed in the middle, the next start does it again: the counters come last."""
+    _follow_hub(db, data_dir, _mark(enrolled.folder.ca.read_bytes()), now)
+    ours = _mark(enrolled.identity.certificate_der)
+    if database.counter(db, CERTIFICATE) not in (0, ours):
+        _drop_sealed(db, data_dir, now)
+    database.keep(db, CERTIFICATE, ours)
+
+
+def _follow_hub(db: sqlite3.Connection, data_dir: Path, theirs: int, now: float) -> None:
     before = database.counter(db, HUB)
     if before == theirs:
         return
@@ -39,3 +47,20 @@ def follow(db: sqlite3.Connection, data_dir: Path, enrolled: Enrolled, now: floa
         database.keep(db, HUB, theirs)
     if before:
         log.info("another hub: its first release is awaited, rounds and messages of the one before are over")
+
+
+def _drop_sealed(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
+    """The hub refuses for good what a replaced certificate has signed: an update on its way is trained and sealed again.
+
+    One that the hub has counted is not made twice: without its file, a hub that asks for it once more hears so.
+    """
+    for known in ledger.in_states(db, State.UPLOADING):
+        log.info("round %s: its update was sealed with the certificate before; training again", known.round_id)
+        ledger.apply(db, data_dir, known.round_id, Event.LOST, now)
+    for known in ledger.in_states(db, State.DELIVERED):
+        if known.update_path:
+            (data_dir / known.update_path).unlink(missing_ok=True)
+
+
+def _mark(content: bytes) -> int:
+    return int(pki.fingerprint(content)[:12], 16)

@@ -55,7 +55,7 @@ NEWEST_REVIEWS = """
 """
 # The other half: what the newest verdict on the newest result has already become.
 EXAMPLES = """
-    SELECT e.series_no, e.modality, e.label, e.split, e.path FROM examples e
+    SELECT e.series_no, e.modality, e.label, e.split FROM examples e
     JOIN reviews r ON r.review_no = e.review_no
     JOIN results o ON o.result_no = r.result_no
     JOIN series s ON s.series_no = e.series_no AND s.version = o.version AND s.state = 'reported'
@@ -98,7 +98,6 @@ class Example:
     modality: str
     label: str
     split: str
-    path: str  # relative to data_dir
 
 
 def collect(db: sqlite3.Connection, data_dir: Path, manifest: Manifest, heldout_fraction: float) -> int:
@@ -256,6 +255,7 @@ def _read(db: sqlite3.Connection, data_dir: Path, manifest: Manifest, series_no:
 
 
 def _keep(db: sqlite3.Connection, data_dir: Path, teaching: _Teaching, review: sqlite3.Row, split: str) -> None:
+    _drop_arrays(data_dir, review["series_no"])
     write_durably(data_dir / teaching.path, teaching.arrays)
     db.execute(
         "INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(series_no) DO UPDATE"
@@ -265,10 +265,19 @@ def _keep(db: sqlite3.Connection, data_dir: Path, teaching: _Teaching, review: s
     log.info("series %d: example for learning", review["series_no"])
 
 
+def _drop_arrays(data_dir: Path, series_no: int) -> None:
+    """Those for other input sizes too: the series may have had fewer images then."""
+    try:
+        for path in (data_dir / "examples").glob(f"{series_no}-*.npz"):
+            path.unlink()
+    except OSError as error:
+        raise SiteError(f"an example cannot be replaced: {error.strerror}", advice="check disk and rights") from error
+
+
 def _arrays_for(db: sqlite3.Connection, data_dir: Path, example: Example, spec: InputSpec) -> tuple[str, bytes | None]:
-    """Path, and the arrays where they are to be made again: the bundle wants its input otherwise, or the file is lost."""
+    """Path, and the arrays where they are not here: the bundle wants its input otherwise, or the file is lost."""
     path = example_path(example.series_no, spec)
-    if example.path == path and (data_dir / path).exists():
+    if (data_dir / path).exists():
         return path, None
     return path, _arrays(decode.to_volume(instances.open(db, data_dir, example.series_no)).volume, spec)
 

@@ -16,6 +16,7 @@ from threading import Event as StopEvent
 from edge_agent import bundles, database, learn, ledger, policy, update
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
+from edge_agent.database import transaction
 from edge_agent.ledger import Outcome, Round
 from edge_agent.rounds import Event, State
 from fleet_link import pki
@@ -57,6 +58,7 @@ class Learner:
         """What a killed box left: half-trained folders and sealed files without a row. `training` is simply run again."""
         shutil.rmtree(self._data_dir / "learning", ignore_errors=True)
         ledger.remove_stray_updates(db, self._data_dir)
+        ledger.end_stray_alarms(db)
 
     def step(self, db: sqlite3.Connection, stop: StopEvent) -> None:
         self._collect(db)
@@ -99,10 +101,17 @@ class Learner:
             return
         except (SiteError, OSError) as error:  # the round stays in `training`, until its deadline
             self._retry_at[of.round_id] = time.monotonic() + RETRY_S
-            ledger.hold_up(db, ledger.work_name(of.round_id), _of_site(error), self._clock())
+            self._hold_up(db, of.round_id, _of_site(error))
             return
         ledger.apply(db, self._data_dir, of.round_id, Event.SEALED, self._clock(), outcome)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _hold_up(self, db: sqlite3.Connection, round_id: str, error: SiteError) -> None:
+        """The alarm of a round ends with its state: one that was closed meanwhile must not get any."""
+        with transaction(db):
+            now = ledger.find(db, round_id)
+            if now is not None and now.state is State.TRAINING:
+                ledger.hold_up(db, ledger.work_name(round_id), error, self._clock())
 
     def _train_and_seal(
         self,

@@ -144,6 +144,16 @@ def remove_stray_updates(db: sqlite3.Connection, data_dir: Path) -> None:
             path.unlink()
 
 
+def end_stray_alarms(db: sqlite3.Connection) -> None:
+    """At start: an alarm of a round that nobody works on goes."""
+    prefix = work_name("")
+    db.execute(
+        "DELETE FROM alarms WHERE substr(name, 1, ?) = ?"
+        " AND substr(name, ?) NOT IN (SELECT round_id FROM rounds WHERE state = ?)",
+        (len(prefix), prefix, len(prefix) + 1, State.TRAINING),
+    )
+
+
 def _store(db: sqlite3.Connection, before: Round, state: State, outcome: Outcome, now: float) -> Round:
     after = Round(
         round_id=before.round_id,

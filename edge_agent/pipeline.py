@@ -7,7 +7,8 @@ Source: ARCHITECTURE.md, "Five paths".
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
@@ -15,7 +16,7 @@ from edge_agent import catalog, database, decode, delivery, drift, findings, ins
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.catalog import SeriesRow
 from edge_agent.config import Config
-from edge_agent.decode import Decoded, DecodeError, NotForUsError
+from edge_agent.decode import Decoded, DecodeError, MissingImageError, NotForUsError
 from edge_agent.findings import Findings
 from edge_agent.retention import Retention
 from edge_agent.site_calibration import SiteCalibration
@@ -29,7 +30,7 @@ IDLE_S = 0.05  # between two looks at the catalog; a tenth of what a series take
 MAX_ATTEMPTS = 3
 ATTEMPT = "attempt_at_series_"  # counter, before each reading and gone after it
 RETRY_S = 5.0  # after the disk refused: the series stays due
-PROVIDER = "provider"  # name of the alarm
+PROVIDER = "provider"  # name of the notice
 
 
 class Pipeline:
@@ -42,7 +43,7 @@ class Pipeline:
         self._data_dir = config.box.data_dir
         self._retention = Retention(config, clock)
         self._site_calibration = SiteCalibration()
-        self._watched = ""  # digest of the bundle whose drift the alarms tell
+        self._watched = ""  # digest of the bundle whose drift the notices tell
         self._told_trouble: str | None = None  # of the reader; None before anything was told
 
     def run(self, stop: Event) -> None:
@@ -75,9 +76,12 @@ class Pipeline:
             if database.counter(db, attempt) > MAX_ATTEMPTS:  # a segfault or the out-of-memory killer raises nothing
                 catalog.mark_failed(db, series.series_no, f"reading it has stopped the box {MAX_ATTEMPTS} times")
             else:
-                self._read(db, series)
-        finally:
+                with _one_odd_series(db, series.series_no):
+                    self._read(db, series)
+        except (SiteError, sqlite3.OperationalError):  # the disk's trouble: the series is not to blame
             database.forget(db, attempt)
+            raise
+        database.forget(db, attempt)
         return True
 
     def _read(self, db: sqlite3.Connection, series: SeriesRow) -> None:
@@ -90,15 +94,13 @@ class Pipeline:
             catalog.mark_not_for_us(db, series.series_no, str(error))
         except DecodeError as error:
             unreadable = [str(path.relative_to(self._data_dir)) for path in decode.unreadable(paths)]
-            catalog.mark_failed(db, series.series_no, str(error), unreadable)
+            if isinstance(error, MissingImageError):
+                catalog.mark_missing(db, series.series_no, str(error), paths, unreadable)
+            else:
+                catalog.mark_failed(db, series.series_no, str(error), unreadable)
             catalog.offer_rivals(db, self._data_dir, self._clock())
         except SiteError as error:
             catalog.mark_failed(db, series.series_no, str(error))
-        except sqlite3.Error:
-            raise
-        except Exception as error:  # a main loop: one odd series must not stop the box
-            log.exception("series %d: a defect in this software", series.series_no)
-            catalog.mark_failed(db, series.series_no, f"a defect in this software: {type(error).__name__}")
         else:
             result_no = keep_result(db, self._data_dir, series, found, active)
             self._report(db, result_no, series.series_no, series.version + 1, found, decoded)
@@ -118,12 +120,12 @@ class Pipeline:
             self._watched = bundle.digest
 
     def _tell_trouble(self, db: sqlite3.Connection) -> None:
-        """An alarm for as long as the reader in use does not run where it should."""
+        """A notice for as long as the reader in use does not run where it should: the fallback reads as well."""
         trouble = self._holder.current.reader.trouble
         if trouble == self._told_trouble:
             return
         if trouble:
-            database.raise_alarm(db, PROVIDER, trouble, self._clock())
+            database.raise_alarm(db, PROVIDER, trouble, self._clock(), is_notice=True)
         else:
             database.end_alarm(db, PROVIDER)
         self._told_trouble = trouble
@@ -135,13 +137,17 @@ class Pipeline:
             (catalog.State.READ,),
         ).fetchall()
         for row in rows:
-            try:
-                found = findings.restore(row["findings"], self._data_dir / row["maps_path"])
-                decoded = decode.to_volume(instances.open(db, self._data_dir, row["series_no"]))
-            except (SiteError, OSError, ValueError, KeyError) as error:  # its files were damaged meanwhile
-                catalog.mark_failed(db, row["series_no"], f"its result cannot be read again: {type(error).__name__}")
-                continue
-            self._report(db, row["result_no"], row["series_no"], row["version"], found, decoded)
+            with _one_odd_series(db, row["series_no"]):
+                self._report_again(db, row)
+
+    def _report_again(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
+        try:
+            found = findings.restore(row["findings"], self._data_dir / row["maps_path"])
+            decoded = decode.to_volume(instances.open(db, self._data_dir, row["series_no"]))
+        except (SiteError, OSError, ValueError, KeyError) as error:  # its files were damaged meanwhile
+            catalog.mark_failed(db, row["series_no"], f"its result cannot be read again: {type(error).__name__}")
+            return
+        self._report(db, row["result_no"], row["series_no"], row["version"], found, decoded)
 
     def _report(
         self, db: sqlite3.Connection, result_no: int, series_no: int, version: int, found: Findings, decoded: Decoded
@@ -163,6 +169,18 @@ class Pipeline:
             if self._config.pacs.enabled:
                 delivery.enqueue(db, result_no, files, self._data_dir, self._clock())
             catalog.mark_reported(db, series_no)
+
+
+@contextmanager
+def _one_odd_series(db: sqlite3.Connection, series_no: int) -> Iterator[None]:
+    """Must not stop the box, whatever our code makes of it. The disk's trouble and the database's go on to the loop."""
+    try:
+        yield
+    except (SiteError, sqlite3.Error):
+        raise
+    except Exception as error:  # a main loop
+        log.exception("series %d: a defect in this software", series_no)
+        catalog.mark_failed(db, series_no, f"a defect in this software: {type(error).__name__}")
 
 
 def keep_result(db: sqlite3.Connection, data_dir: Path, series: SeriesRow, found: Findings, by: Active) -> int:

@@ -64,6 +64,7 @@ CREATE TABLE IF NOT EXISTS results (
   read_at            REAL NOT NULL,
   UNIQUE (series_no, version)
 );
+CREATE INDEX IF NOT EXISTS results_bundle ON results(bundle_digest, result_no);
 
 CREATE TABLE IF NOT EXISTS outbox (                -- results on their way to the PACS
   item_no            INTEGER PRIMARY KEY,

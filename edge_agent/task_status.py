@@ -1,13 +1,13 @@
 """What `status` and `doctor` say of each task: how often its sets held the reviewer's label, what it is judged by, its drift.
 
-Reads box.db and the bundle file in use; the daemon need not run.
+Reads box.db and the file of the bundle that reads; the daemon need not run.
 Never shows patient data and never changes anything.
 """
 
 import sqlite3
 from dataclasses import dataclass
 
-from edge_agent import drift, site_calibration
+from edge_agent import bundles, drift, site_calibration
 from edge_agent.config import Config
 from models.bundle import Bundle, read_bundle
 from models.drift import ENOUGH, Verdict
@@ -32,12 +32,12 @@ class TaskStatus:
 
 
 def gather(db: sqlite3.Connection, config: Config) -> list[TaskStatus]:
-    """Nothing where there is no bundle in use, or its file is damaged: the next start of the daemon tells that."""
-    row = db.execute("SELECT path FROM bundles WHERE state = 'active'").fetchone()
-    if row is None:
+    """Nothing where there is no bundle yet, or its file is damaged: the next start of the daemon tells that."""
+    path = bundles.file_that_reads(db, config.box.data_dir)
+    if path is None:
         return []
     try:
-        bundle = read_bundle(config.box.data_dir / row["path"])
+        bundle = read_bundle(path)
     except BundleError:
         return []
     verdicts = drift.verdicts(db, bundle.digest, bundle.manifest)

@@ -119,7 +119,13 @@ class Headers:
         self._known: Recent[str, Patient] = Recent(4096)
 
     def patient(self, path: str | None) -> Patient:
-        return self._known.get(path, lambda: _read_patient(self._data_dir / path)) if path else Patient()
+        """Empty fields where there is no readable header now: the series stays in the list, and is looked at again."""
+        if not path:
+            return Patient()
+        try:
+            return self._known.get(path, lambda: _read_patient(self._data_dir / path))
+        except PYDICOM_ERRORS:
+            return Patient()
 
 
 def entries(db: sqlite3.Connection, headers: Headers, *, show: str, page: int) -> tuple[Entry, ...]:
@@ -189,16 +195,11 @@ def _delivery(db: sqlite3.Connection, result_no: int) -> Delivery:
 
 
 def _read_patient(path: Path) -> Patient:
-    """An unreadable header gives empty fields: the series stays in the list."""
-    try:
-        ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_KEYWORDS])
-        character_sets = ds.get("SpecificCharacterSet") or ""
-        encodings = convert_encodings([character_sets] if isinstance(character_sets, str) else list(character_sets))
-        values = {
-            keyword: decode_bytes(_raw(ds, keyword), encodings, _PN_DELIMITERS).strip(" \0") for keyword in _KEYWORDS
-        }
-    except PYDICOM_ERRORS:
-        return Patient()
+    """Raises one of PYDICOM_ERRORS."""
+    ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_KEYWORDS])
+    character_sets = ds.get("SpecificCharacterSet") or ""
+    encodings = convert_encodings([character_sets] if isinstance(character_sets, str) else list(character_sets))
+    values = {keyword: decode_bytes(_raw(ds, keyword), encodings, _PN_DELIMITERS).strip(" \0") for keyword in _KEYWORDS}
     return Patient(**values | {"PatientName": _spoken(values["PatientName"])})
 
 

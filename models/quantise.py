@@ -8,6 +8,7 @@ Source: issue 3, "Quantisation". Axes: M examples and their negatives, K labels.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import platform
 import sys
@@ -40,6 +41,8 @@ from models.preprocess import prepare
 from models.runtime import RUNTIME_ERRORS
 from models.spec import Manifest, TaskSpec, Variant
 from models.variants import FORMS, to_fp16, to_int8
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["int8", "fp16"]
 
@@ -185,7 +188,12 @@ def _attempts(trial: Trial, precision: Precision) -> Iterator[tuple[Measured, by
         return
     for form in FORMS:
         calibration = (_of_batch(batch) for batch in batches(trial.material.calibration, 1))
-        yield _measured(trial, precision, form.name, to_int8(graph, form, calibration))
+        try:
+            made = to_int8(graph, form, calibration)
+        except BundleError as error:
+            log.warning("int8: %s", error)
+            continue
+        yield _measured(trial, precision, form.name, made)
 
 
 def _measured(trial: Trial, precision: Precision, form: str, graph: bytes) -> tuple[Measured, bytes]:

@@ -19,6 +19,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from models.bundle import Arrays
+from models.errors import BundleError
 
 NARROWEST = 16  # channels: stem, gate and head are narrower, cost little and would lose most
 OOD = "ood_B"
@@ -45,16 +46,20 @@ FORMS = (
 def to_int8(graph: bytes, form: Form, calibration: Iterable[Arrays]) -> bytes:
     """Weights int8 symmetric per channel in 7 bits, activations uint8, inputs and outputs float32.
 
+    Raises BundleError where the graph has no node for the form: the quantiser would take the empty list for all.
     7 bits: a CPU without VNNI adds two products in 16 bits, which would saturate; so every CPU gives the same answer.
     """
-    model = onnx.load_from_string(graph)
+    model = _loaded(graph)
+    nodes = _wide_nodes(model, form)
+    if not nodes:
+        raise BundleError(f"nothing in the graph can be quantised as {form.name}", advice="leave the bundle in fp32")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         made = Path(folder) / "int8.onnx"
         common = {
             "model_input": model,
             "model_output": made,
             "op_types_to_quantize": list(form.operators),
-            "nodes_to_quantize": _wide_nodes(model, form),
+            "nodes_to_quantize": nodes,
             "per_channel": True,
             "reduce_range": True,
             "weight_type": quantization.QuantType.QInt8,
@@ -77,10 +82,18 @@ def to_fp16(graph: bytes) -> bytes:
 
     That score is a sum of squares, which may pass 65504 on a strange image: there it has to be right.
     """
-    model = onnx.load_from_string(graph)
+    model = _loaded(graph)
     with _quiet():
         kept = sorted(_only_for_ood(model))
         return _plain(convert_float_to_float16(model, keep_io_types=True, node_block_list=kept))
+
+
+def _loaded(graph: bytes) -> Any:
+    """With a name for every node, by which the quantiser takes or leaves it."""
+    model = onnx.load_from_string(graph)
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"unnamed_{number}"
+    return model
 
 
 def _wide_nodes(model: Any, form: Form) -> list[str]:

@@ -66,12 +66,13 @@ def add_review(db: sqlite3.Connection, series_no: int, label: str) -> None:
 
 
 def with_reference(path: Path, seed: int = 0) -> Bundle:
-    """The shipped bundle, whose first task expects readings as `expected` draws them."""
+    """The shipped bundle, whose first task, and no other, expects readings, those that `expected` draws."""
     shipped = read_bundle(SHIPPED)
     logits_NK, ood_N = expected(seed, 300)
     first = shipped.manifest.tasks[0]
     told = msgspec.structs.replace(first, reference=drift.reference(logits_NK, ood_N, first.temperature))
-    manifest: Manifest = msgspec.structs.replace(shipped.manifest, tasks=(told, *shipped.manifest.tasks[1:]))
+    others = [msgspec.structs.replace(task, reference=None) for task in shipped.manifest.tasks[1:]]
+    manifest: Manifest = msgspec.structs.replace(shipped.manifest, tasks=(told, *others))
     parts = BundleParts(
         manifest, shipped.onnx, shipped.weights, shipped.known_inputs, shipped.known_outputs, shipped.card
     )

@@ -52,14 +52,15 @@ def test_a_folder_that_is_not_there_is_said_by_sqlite(tmp_path: Path) -> None:
         database.connect(tmp_path / "nowhere")
 
 
-def test_a_database_of_version_1_is_brought_up_to_date_and_keeps_its_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [0, 1])
+def test_a_database_of_version_1_is_brought_up_to_date_and_keeps_its_rows(tmp_path: Path, said: int) -> None:
     database.connect(tmp_path).close()
     old = sqlite3.connect(tmp_path / "box.db")
     for table in ("removals", "unreadable", "alarms"):
         old.execute(f"DROP TABLE {table}")
     old.execute("ALTER TABLE quarantine DROP COLUMN SOPInstanceUID")
     old.execute("INSERT INTO quarantine VALUES (1, 'a.dcm', 1, 'why', 'CT1', 0)")
-    old.execute("PRAGMA user_version=1")
+    old.execute(f"PRAGMA user_version={said}")
     old.commit()
     old.close()
     for _ in range(2):
@@ -68,6 +69,17 @@ def test_a_database_of_version_1_is_brought_up_to_date_and_keeps_its_rows(tmp_pa
         assert database.alarms(db) == []
         assert catalog.images_removed_at(db, 1) is None
         db.close()
+
+
+def test_a_database_of_version_2_gets_what_finds_a_bundle_s_results(tmp_path: Path) -> None:
+    old = database.connect(tmp_path)
+    old.execute("DROP INDEX results_bundle")
+    old.execute("PRAGMA user_version=2")
+    old.close()
+    db = database.connect(tmp_path)
+    plan = db.execute("EXPLAIN QUERY PLAN SELECT * FROM results WHERE bundle_digest = '' ORDER BY result_no DESC")
+    assert [row["detail"] for row in plan] == ["SEARCH results USING INDEX results_bundle (bundle_digest=?)"]
+    db.close()
 
 
 def test_every_table_of_the_schema_is_made(tmp_path: Path) -> None:

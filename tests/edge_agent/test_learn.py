@@ -147,6 +147,19 @@ def test_another_preprocessing_makes_the_arrays_anew(box: Box, tmp_path: Path) -
 # --- the child ------------------------------------------------------------------------------------
 
 
+def test_a_new_verdict_drops_the_arrays_for_other_inputs(box: Box) -> None:
+    """They may be of fewer images than the series has now."""
+    series_no = box.add_reviewed("p1", bright=True, label="nodule")
+    manifest = box.holder.current.reader.bundle.manifest
+    learn.collect(box.db, box.data_dir, manifest, 0.0)
+    other = box.data_dir / "examples" / f"{series_no}-0123abcd.npz"
+    other.write_bytes(b"of another input size")
+    box.review(series_no, "normal")
+    learn.collect(box.db, box.data_dir, manifest, 0.0)
+    assert not other.exists()
+    assert (box.data_dir / box.rows("examples")[0]["path"]).exists()
+
+
 def test_the_child_is_gone_when_stopped(tmp_path: Path) -> None:
     marker = f"sleep {os.getpid()}.77"
     with pytest.raises(learn.TrainingStoppedError):
@@ -340,6 +353,29 @@ def test_a_disk_that_refuses_leaves_the_round_open_and_is_told_once(
     assert "free some space" in caplog.text
     ledger.apply(box.db, box.data_dir, "round-1", Event.DEADLINE, time.time())
     assert database.alarms(box.db) == []
+
+
+def test_a_round_that_closed_while_the_disk_refused_gets_no_alarm(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_round(box, tmp_path)
+
+    def closed_meanwhile(*_: object) -> int:
+        ledger.apply(box.db, box.data_dir, "round-1", Event.CLOSED_BY_HUB, time.time())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(learn, "lay_out", closed_meanwhile)
+    learner(box).step(box.db, Never())  # type: ignore[arg-type]
+    assert box.state_of("round-1") == State.CLOSED
+    assert database.alarms(box.db) == []
+
+
+def test_start_up_ends_alarms_of_rounds_that_nobody_works_on(box: Box, tmp_path: Path) -> None:
+    open_round(box, tmp_path)
+    for name in ("round round-1", "round round-0", "release 2"):
+        ledger.hold_up(box.db, name, SiteError("no space", advice="free some"), time.time())
+    learner(box).repair(box.db)
+    assert [row["name"] for row in box.rows("alarms")] == ["round round-1", "release 2"]
 
 
 def test_training_is_tried_again_after_a_pause(box: Box, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from edge_agent import catalog, config, database, decode, instances, pipeline, status
+from edge_agent import catalog, config, database, decode, drift, instances, pipeline, report, status
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.infer import Reader
 from edge_agent.pipeline import ATTEMPT, MAX_ATTEMPTS, Pipeline
+from fleet_link.errors import SiteError
 from models.bundle import SHIPPED
 from models.phantom_dicom import write_series
 from models.phantoms import phantom
@@ -58,6 +59,75 @@ def test_a_defect_in_one_series_fails_it_and_the_next_is_read(
     assert _states(db) == ["failed", "reported"]
     (reason,) = db.execute("SELECT reason FROM series WHERE state = 'failed'").fetchone()
     assert reason == "a defect in this software: IndexError"
+
+
+@pytest.mark.parametrize("part", ["unreadable", "offer_rivals"])
+def test_a_defect_while_looking_for_what_is_unreadable_stops_nobody(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    taken, db = box
+    _cut_short(taken, db, tmp_path)
+    of = decode if part == "unreadable" else catalog
+    monkeypatch.setattr(of, part, _once(MemoryError(), getattr(of, part)))
+    assert taken.step(db)
+    assert _states(db)[2] == "failed"
+    assert not taken.step(db)
+
+
+@pytest.mark.parametrize(("of", "part", "state"), [(report, "write", "failed"), (drift, "watch", "reported")])
+def test_a_defect_after_the_reading_stops_nobody(
+    box: Box, monkeypatch: pytest.MonkeyPatch, of: Any, part: str, state: str
+) -> None:
+    taken, db = box
+    monkeypatch.setattr(of, part, _once(KeyError("odd"), getattr(of, part)))
+    assert taken.step(db)
+    assert taken.step(db)
+    assert _states(db) == [state, "reported"]
+
+
+def test_a_report_that_cannot_be_made_after_a_kill_stops_no_start(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, db = box
+    with monkeypatch.context() as killed:
+        killed.setattr(report, "write", _once(KeyboardInterrupt(), report.write))  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            taken.step(db)
+    assert _states(db)[0] == "read"
+    monkeypatch.setattr(report, "write", _once(MemoryError(), report.write))
+    taken.report_unreported(db)
+    assert _states(db)[0] == "failed"
+
+
+def test_a_defect_that_ends_the_thread_again_and_again_fails_the_series(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, db = box
+
+    def odd(*_: object) -> int:
+        raise sqlite3.IntegrityError("UNIQUE constraint failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "keep_result", odd)
+        for _ in range(MAX_ATTEMPTS):  # each ends the thread, and the service starts anew
+            with pytest.raises(sqlite3.IntegrityError):
+                taken.step(db)
+        assert taken.step(db)
+    assert taken.step(db)
+    assert _states(db) == ["failed", "reported"]
+
+
+def test_a_disk_that_refuses_the_result_never_fails_the_series(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, db = box
+
+    def refuses(*_: object) -> int:
+        raise SiteError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "keep_result", refuses)
+        for _ in range(MAX_ATTEMPTS + 1):
+            with pytest.raises(SiteError):
+                taken.step(db)
+    assert taken.step(db)
+    assert _states(db)[0] == "reported"
 
 
 def test_a_series_that_kills_the_process_again_and_again_is_given_up(box: Box) -> None:
@@ -146,7 +216,7 @@ class FakeSessionOfAnExhaustedGpu:
         raise RuntimeError("CUDA failure 2: out of memory")
 
 
-def test_a_fake_gpu_out_of_memory_fails_no_series_and_is_an_alarm_until_the_next_start(
+def test_a_fake_gpu_out_of_memory_fails_no_series_and_is_a_notice_until_the_next_start(
     box: Box, tmp_path: Path
 ) -> None:
     taken, db = box
@@ -154,14 +224,15 @@ def test_a_fake_gpu_out_of_memory_fails_no_series_and_is_an_alarm_until_the_next
     sessions = {"CUDAExecutionProvider": FakeSessionOfAnExhaustedGpu(), cpu: reader._session}
     falling = Reader(reader.bundle, tuple(sessions), sessions.__getitem__)
     taken._holder.swap(Active(falling, reader.bundle.digest, 0))
-    _run_until(taken, lambda: _states(db) == ["reported", "reported"] and database.alarms(db) != [])
+    _run_until(taken, lambda: _states(db) == ["reported", "reported"] and database.notices(db) != [])
     assert [row["provider"] for row in db.execute("SELECT provider FROM results")] == [cpu, cpu]
-    (alarm,) = database.alarms(db)
-    assert alarm.startswith("CUDAExecutionProvider failed while reading; CPUExecutionProvider reads since")
-    assert alarm in status.gather(taken._config).alarms
+    (notice,) = database.notices(db)
+    assert notice.startswith("CUDAExecutionProvider failed while reading; CPUExecutionProvider reads since")
+    assert notice in status.gather(taken._config).notices
+    assert database.alarms(db) == []  # the box is fit for a release
 
     again = Pipeline(taken._config, ActiveBundle(Active(reader, reader.bundle.digest, 0)), time.time)
-    _run_until(again, lambda: database.alarms(db) == [])
+    _run_until(again, lambda: database.notices(db) == [])
 
 
 def _run_until(taken: Pipeline, fact: Callable[[], bool]) -> None:

@@ -463,7 +463,7 @@ def test_a_twin_that_retention_deletes_meanwhile_is_written_again(
     add_instance = catalog.add_instance
 
     def after_retention(*args: Any, **kwargs: Any) -> catalog.Admission:
-        retention.remove_next(args[0], scp.data_dir)
+        retention.remove(args[0], scp.data_dir, 1)
         return add_instance(*args, **kwargs)
 
     monkeypatch.setattr(catalog, "add_instance", after_retention)

@@ -11,14 +11,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent import bundles, database, hub_change, ledger, releases
+from edge_agent import bundles, database, hub_change, identity, invitations, ledger, releases
+from edge_agent.config import Config
+from edge_agent.infer import Reader
+from edge_agent.ledger import Outcome
 from edge_agent.releases import Evaluation, Installer
 from edge_agent.rounds import Event
 from fleet_link.errors import LinkError, SiteError, TrustError
+from fleet_link.files import write_durably
 from fleet_link.messages import ReleaseReport
 from models import bundle as bundle_file
-from tests.edge_agent.link_support import Box, Releases, make_box, make_plan, write_brightness_bundle
-from tests.fleet_link.mosquitto_support import TestAuthority
+from models.bundle import read_bundle
+from tests.edge_agent.link_support import DEVICE, Box, Releases, make_box, make_plan, write_brightness_bundle
+from tests.fleet_link.mosquitto_support import TestAuthority, write_identity
 
 AUTHORITY = TestAuthority()
 GO_ON = threading.Event()
@@ -454,6 +459,39 @@ def test_the_same_hub_changes_nothing(box: Box, hub: Releases, candidate: Path) 
     assert (box.rows("bundles"), box.rows("link_outbox")) == before
 
 
+def sealed_round(box: Box, round_id: str) -> Path:
+    path = f"updates/{round_id}.sealed"
+    write_durably(box.data_dir / path, b"sealed with the certificate of then")
+    ledger.invite(box.db, make_plan("b" * 64, b"k" * 32, round_id=round_id), time.time())
+    ledger.apply(box.db, box.data_dir, round_id, Event.ADMITTED, time.time(), Outcome(examples=2))
+    offer = ledger.offer_of(box.data_dir / path, round_id, DEVICE)
+    ledger.apply(box.db, box.data_dir, round_id, Event.SEALED, time.time(), Outcome(update=offer, update_path=path))
+    return box.data_dir / path
+
+
+def test_after_a_new_certificate_of_the_same_hub_updates_are_sealed_again(box: Box) -> None:
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    waiting, delivered = sealed_round(box, "r1"), sealed_round(box, "r2")
+    ledger.apply(box.db, box.data_dir, "r2", Event.ACCEPTED, time.time())
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    assert (box.state_of("r1"), box.state_of("r2")) == ("uploading", "delivered")
+    assert waiting.exists()
+    assert delivered.exists()
+    here = box.enrolled.folder
+    write_identity(here.path, AUTHORITY.issue(DEVICE, to_days=90))
+    (here.path / f"{DEVICE}.pem").rename(here.certificate)
+    (here.path / f"{DEVICE}.key").rename(here.key)
+    renewed = identity.load(box.data_dir)
+    hub_change.follow(box.db, box.data_dir, renewed, time.time())
+    assert (box.state_of("r1"), box.state_of("r2")) == ("training", "delivered")
+    assert box.rows("transfers_out") == []
+    invitations.take(box.db, box.config, DEVICE, make_plan("b" * 64, b"k" * 32, round_id="r2"), time.time())
+    assert box.state_of("r2") == "declined"
+    ledger.apply(box.db, box.data_dir, "r1", Event.SEALED, time.time())
+    hub_change.follow(box.db, box.data_dir, renewed, time.time())
+    assert box.state_of("r1") == "uploading"  # once per change
+
+
 # --- start-up -------------------------------------------------------------------------------------
 
 
@@ -484,6 +522,34 @@ def test_a_damaged_active_bundle_rolls_back_and_says_so(
     assert [report.outcome for report in reports(box)] == ["rolled-back"]
     assert bundle_rows(box)[digest][0] == "refused"
     assert "rolled back" in caplog.text
+
+
+@pytest.mark.parametrize("only_shipped", [False, True])
+def test_while_the_bundle_in_use_cannot_be_opened_it_is_said_what_helps_and_what_reads(
+    box: Box, hub: Releases, candidate: Path, monkeypatch: pytest.MonkeyPatch, only_shipped: bool
+) -> None:
+    first, opening = box.holder.current.digest, bundles.open_reader
+    digest = activate_second(box, hub, candidate)
+    if only_shipped:
+        box.db.execute("DELETE FROM bundles WHERE bundle_digest = ?", (first,))
+
+    def no_memory(config: Config, path: Path) -> Reader:
+        if path.stem == digest:
+            raise SiteError("no memory", advice="free some")
+        return opening(config, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundles, "open_reader", no_memory)
+        assert bundles.load_active(box.db, box.config, time.time()).current.digest == first
+    (alarm,) = database.alarms(box.db)
+    assert "no memory" in alarm
+    assert "restart edge-agent to try it again" in alarm
+    reads = bundles.file_that_reads(box.db, box.data_dir)
+    assert reads is not None
+    assert read_bundle(reads).digest == first
+    assert bundles.load_active(box.db, box.config, time.time()).current.digest == digest
+    assert bundles.file_that_reads(box.db, box.data_dir) == box.data_dir / bundles.path_of(digest)
+    assert database.alarms(box.db) == []
 
 
 def test_with_both_files_gone_the_shipped_bundle_reads(box: Box, hub: Releases, candidate: Path) -> None:

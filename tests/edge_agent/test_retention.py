@@ -1,31 +1,44 @@
 """Old images make room: only those read, delivered and no longer wanted for learning; kill -9 at any step; sent again."""
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from pydicom import dcmread
 
-from edge_agent import catalog, database, delivery, health, instances, learn, pipeline, retention, reviews
+from edge_agent import catalog, database, decode, delivery, health, instances, learn, pipeline, retention, reviews
 from edge_agent import config as configuration
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.catalog import Outcome, State
 from edge_agent.images import ImageError, Images
 from edge_agent.infer import Reader
 from edge_agent.pipeline import Pipeline
-from edge_agent.retention import DAY_S, LOOK_S, Retention
+from edge_agent.retention import DAY_S, LOOK_S, RETRY_S, Retention
 from edge_agent.reviews import ReviewError
-from fleet_link.errors import SiteError
 from models.bundle import SHIPPED
 from models.phantom_dicom import write_series
 from models.phantoms import phantom
 from tests.edge_agent.dicom_support import write
 
-T0 = 1_764_000_000.0
+T0 = 1_800_000_000.0
 KEEP_DAYS = 30
 LATER = T0 + (KEEP_DAYS + 1) * DAY_S
+
+
+class Times:
+    """Two clocks: one that people set, one that only runs."""
+
+    def __init__(self, clock: float) -> None:
+        self.clock = clock
+        self.moment = 5.0
+
+    def pass_s(self, seconds: float) -> None:
+        self.clock += seconds
+        self.moment += seconds
 
 
 class Box(NamedTuple):
@@ -61,13 +74,18 @@ class Box(NamedTuple):
 
     def settle(self, now: float = LATER, **storage: int) -> None:
         """Everything that retention does at that time."""
+        times = Times(now - LOOK_S)
+        kept = self.retention(times, **storage)
+        times.pass_s(LOOK_S)
+        while kept.step(self.db):
+            pass
+
+    def retention(self, times: "Times", **storage: int) -> Retention:
         config = configuration.parse(
             {"box": {"data_dir": str(self.data_dir)}, "storage": {"keep_days": KEEP_DAYS, **storage}},
             folder=self.data_dir,
         )
-        kept = Retention(config, lambda: now)
-        while kept.step(self.db):
-            pass
+        return Retention(config, lambda: times.clock, lambda: times.moment)
 
     def here(self, series_no: int = 1) -> bool:
         """Files and catalog agree on it."""
@@ -177,6 +195,22 @@ def test_an_example_to_train_on_keeps_its_arrays_apart(box: Box, tmp_path: Path)
     assert learn.lay_out(box.db, box.data_dir, bundle, ["XR"], tmp_path / "round") == 1
 
 
+def test_an_example_for_another_input_is_used_though_the_images_are_gone(box: Box, tmp_path: Path) -> None:
+    _review(box)
+    _collect(box, heldout_fraction=0.0)
+    bundle = box.holder.current.reader.bundle
+    spec = bundle.manifest.input_for("XR")
+    assert spec is not None
+    other = msgspec.structs.replace(spec, size=spec.size * 2)
+    inputs = tuple(other if known.modality == "XR" else known for known in bundle.manifest.inputs)
+    larger = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, inputs=inputs))
+    assert learn.lay_out(box.db, box.data_dir, larger, ["XR"], tmp_path / "larger") == 1
+    box.settle()
+    assert not box.here()
+    for number, base in enumerate((bundle, larger, bundle)):  # both kinds of arrays are on the disk
+        assert learn.lay_out(box.db, box.data_dir, base, ["XR"], tmp_path / str(number)) == 1
+
+
 def test_a_held_out_case_keeps_its_images_to_judge_releases(box: Box) -> None:
     _review(box)
     _collect(box, heldout_fraction=1.0)
@@ -214,11 +248,67 @@ def test_sent_again_the_images_are_read_again(box: Box) -> None:
     assert box.here()  # young again
 
 
+def _removed_series(box: Box, images: int) -> list[bytes]:
+    """Series 2: a CT of so many images, read, delivered and removed."""
+    sent = write_series(phantom("CT", "normal", 3), box.data_dir / "ct", patient_seed=3)[:images]
+    contents = [path.read_bytes() for path in sent]
+    for content in contents:
+        box.receive_file(content, T0)
+    box.read()
+    box.deliver()
+    assert catalog.series(box.db, 2).state is State.REPORTED
+    box.settle()
+    assert not box.here(2)
+    return contents
+
+
+def test_images_sent_again_in_one_association_are_waited_for(box: Box) -> None:
+    contents = _removed_series(box, 3)
+    for number, content in enumerate(contents):
+        kept = instances.keep(box.data_dir, [content], min_free_bytes=0)
+        header = instances.read_file_header(box.data_dir / kept.path)
+        catalog.add_instance(box.db, header, kept, calling_ae="CT", now=LATER + 9.0 * number)
+        assert catalog.next_due(box.db, LATER + 9.0 * number + 8.0, quiet_time_s=10.0) is None
+    catalog.association_ended(box.db, {catalog.SeriesNo(2): LATER + 18.0})
+    box.read(LATER + 40.0)
+    row = catalog.series(box.db, 2)
+    assert (row.state, row.version) == (State.REPORTED, 2)
+
+
+def test_images_sent_again_one_association_each_end_up_read(box: Box) -> None:
+    """Each is due at once and read: failed until the last is here."""
+    for number, content in enumerate(_removed_series(box, 3)):
+        box.receive_file(content, LATER + number)
+        box.read(LATER + number + 0.5)
+    row = catalog.series(box.db, 2)
+    assert (row.state, row.version) == (State.REPORTED, 2)
+
+
+def test_the_last_image_that_comes_back_during_the_reading_is_not_missed(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *first, last = _removed_series(box, 2)
+    box.receive_file(first[0], LATER)
+    decoding = decode.to_volume
+
+    def arrives_late(paths: Sequence[Path]) -> decode.Decoded:
+        try:
+            return decoding(paths)
+        finally:
+            monkeypatch.undo()
+            box.receive_file(last, LATER + 1)
+
+    monkeypatch.setattr(decode, "to_volume", arrives_late)
+    box.read(LATER + 2)
+    assert catalog.series(box.db, 2).state is State.REPORTED
+
+
 def test_an_image_that_comes_back_between_mark_and_removal_stays(box: Box) -> None:
     content = box.receive(1, T0)
     retention.mark(box.db, LATER - KEEP_DAYS * DAY_S, LATER)
     box.receive_file(content, LATER + 1)
-    assert not retention.remove_next(box.db, box.data_dir)
+    assert retention.next_marked(box.db) is None
+    retention.remove(box.db, box.data_dir, 1)
     assert box.here()
 
 
@@ -260,27 +350,77 @@ def test_a_disk_that_refuses_is_told_and_tried_again(box: Box, monkeypatch: pyte
     def refuses(folder: Path) -> None:
         raise OSError(5, "Input/output error")
 
+    times = Times(LATER)
+    retention.mark(box.db, LATER - KEEP_DAYS * DAY_S, LATER)
+    kept = box.retention(times)
     with monkeypatch.context() as patched:
         patched.setattr(retention, "sync_folder", refuses)
-        with pytest.raises(SiteError, match="cannot be removed: Input/output error"):
-            box.settle()
-    box.settle(LATER + 1)
+        assert not kept.step(box.db)
+    (notice,) = database.notices(box.db)
+    assert "cannot be removed: Input/output error" in notice
+    assert database.alarms(box.db) == []
+    times.pass_s(RETRY_S - 1)
+    assert not kept.step(box.db)  # not yet
+    assert database.notices(box.db) == [notice]
+    times.pass_s(1)
+    assert kept.step(box.db)
+    assert not kept.step(box.db)
     assert not box.here()
+    assert database.notices(box.db) == []
 
 
-def test_it_looks_once_an_hour_and_the_pipeline_asks_it(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_that_stays_holds_up_no_other_series(box: Box) -> None:
+    box.receive(2)
+    box.read()
+    box.deliver()
+    stuck = box.data_dir / box.db.execute("SELECT path FROM instances WHERE series_no = 1").fetchone()["path"]
+    stuck.unlink()
+    stuck.mkdir()
+    times = Times(LATER)
+    kept = box.retention(times)
+    times.pass_s(LOOK_S)
+    assert not kept.step(box.db)  # reading gets its turn
+    assert kept.step(box.db)
+    assert not box.here(2)
+    assert len(database.notices(box.db)) == 1
+    assert box.db.execute("SELECT series_no FROM removals WHERE done = 0").fetchone()["series_no"] == 1
+
+
+def test_it_looks_once_an_hour_first_an_hour_after_the_start(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
     monkeypatch.setattr(retention, "mark", lambda db, older_than, now: looks.append(now))
-    moments = iter([0.0 + LOOK_S, LOOK_S + 1, 2 * LOOK_S - 1, 2 * LOOK_S, 5.0])
-    kept = Retention(box.config, _clock_of(moments))
-    for _ in range(5):
+    times = Times(LATER)
+    kept = box.retention(times)
+    for seconds in (0.0, LOOK_S - 1, 1.0, 1.0, LOOK_S - 2, 1.0):
+        times.pass_s(seconds)
         kept.step(box.db)
-    assert looks == [LOOK_S, 2 * LOOK_S, 5.0]  # the last: a clock that was set back
+    assert looks == [LATER + LOOK_S, LATER + 2 * LOOK_S]
     assert isinstance(pipeline.Pipeline(box.config, box.holder, lambda: 0.0)._retention, Retention)
 
 
-def _clock_of(moments: Iterator[float]) -> Callable[[], float]:
-    return lambda: next(moments)
+@pytest.mark.parametrize("set_by_s", [400 * DAY_S, -400 * DAY_S, 61.0])
+def test_a_clock_that_was_set_makes_no_image_old(box: Box, monkeypatch: pytest.MonkeyPatch, set_by_s: float) -> None:
+    looks: list[float] = []
+    monkeypatch.setattr(retention, "mark", lambda db, older_than, now: looks.append(now))
+    times = Times(LATER)
+    kept = box.retention(times)
+    times.pass_s(1.0)
+    times.clock += set_by_s
+    times.pass_s(LOOK_S)
+    kept.step(box.db)
+    assert looks == []
+    times.pass_s(LOOK_S - 1)
+    kept.step(box.db)
+    assert looks == []
+    times.pass_s(1)
+    kept.step(box.db)
+    assert len(looks) == 1  # a whole hour without a jump
+
+
+def test_images_that_came_while_the_clock_said_1970_stay(box: Box) -> None:
+    box.db.execute("UPDATE series SET last_instance_at = 300.0")
+    box.settle()
+    assert box.here()
 
 
 def test_a_full_disk_is_told_with_what_could_go_and_nothing_goes_early(box: Box) -> None:
@@ -292,3 +432,15 @@ def test_a_full_disk_is_told_with_what_could_go_and_nothing_goes_early(box: Box)
     assert box.here(1)
     assert box.here(2)
     assert health.alarms(box.db, box.config, free=1 << 60) == []
+
+
+def test_a_full_disk_says_what_helps_where_nothing_is_removed(box: Box) -> None:
+    def alarm(**sections: dict[str, object]) -> str:
+        own = {"box": {"data_dir": str(box.data_dir)}, **sections}
+        (told,) = health.alarms(box.db, configuration.parse(own, folder=box.data_dir), free=0)
+        return told
+
+    assert "a storage.keep_days above 0 removes up to" in alarm(pacs={"enabled": True}, storage={"keep_days": 0})
+    assert "above 0 removes up to" in alarm(storage={"keep_days": 0})  # delivered while it was enabled
+    box.db.execute("DELETE FROM outbox")
+    assert "no images are removed while pacs.enabled = false" in alarm()

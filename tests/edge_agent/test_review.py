@@ -394,7 +394,7 @@ def test_removed_images_are_said_and_the_patient_is_known_from_the_report(own_ho
     box.db.execute("UPDATE outbox SET path = 'report.dcm' WHERE kind = 'SR' AND result_no = 1")
     assert "Images removed" not in own_house.browser.get(f"/series/{XR}").text
     box.db.execute("INSERT INTO removals VALUES (?, ?, 0)", (XR, T0 + 100))
-    assert retention.remove_next(box.db, box.data_dir)
+    retention.remove(box.db, box.data_dir, XR)
 
     page = own_house.browser.get(f"/series/{XR}").text
     assert "Images removed" in page

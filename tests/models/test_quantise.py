@@ -1,5 +1,6 @@
 """Variants: made the same each time, measured, shipped only where they pay."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -102,6 +103,33 @@ def test_the_same_graph_and_calibration_give_the_same_bytes(shipped: Bundle, gra
     for form in (QDQ, DYNAMIC):
         assert to_int8(shipped.onnx, form, [shipped.known_inputs]) == graphs[form.name]
     assert to_fp16(shipped.onnx) == graphs["fp16"]
+
+
+def _matmul_graph(*widths: int) -> bytes:
+    """One MatMul after another, without names, for which ONNX has no need."""
+    weights, nodes = [], []
+    for number, (rows, columns) in enumerate(itertools.pairwise(widths)):
+        weights.append(onnx.numpy_helper.from_array(np.full((rows, columns), 0.5, np.float32), f"weight{number}"))
+        nodes.append(onnx.helper.make_node("MatMul", [f"x{number}", f"weight{number}"], [f"x{number + 1}"]))
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", width])
+        for name, width in (("x0", widths[0]), (f"x{len(nodes)}", widths[-1]))
+    ]
+    graph = onnx.helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    return made.SerializeToString()
+
+
+def test_a_graph_with_nothing_for_a_form_is_refused_and_not_quantised_whole() -> None:
+    with pytest.raises(BundleError, match="nothing in the graph can be quantised") as refusal:
+        to_int8(_matmul_graph(4, 4), DYNAMIC, [])
+    assert refusal.value.advice
+
+
+def test_of_nodes_without_names_only_the_wide_one_is_quantised() -> None:
+    model = onnx.load_from_string(to_int8(_matmul_graph(32, 32, 4), DYNAMIC, []))
+    made = [node.op_type for node in model.graph.node if "MatMul" in node.op_type]
+    assert made == ["MatMulInteger", "MatMul"]
 
 
 @pytest.mark.slow
