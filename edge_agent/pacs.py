@@ -6,6 +6,7 @@ Source: PS3.4 B.2.3 (status codes), PS3.7 C (general ones), PS3.8 9.3.4 (rejecti
 """
 
 import socket
+import threading
 from dataclasses import dataclass
 from enum import Enum
 from logging import getLogger
@@ -121,7 +122,7 @@ class PacsSender:
                 self._pacs.host,
                 self._pacs.port,
                 ae_title=self._pacs.ae_title,
-                evt_handlers=[(evt.EVT_CONN_OPEN, _without_delay)],
+                evt_handlers=[(evt.EVT_CONN_OPEN, _without_delay), (evt.EVT_CONN_OPEN, _without_theft)],
             )
         except OSError as error:  # a host name that does not resolve
             raise self._away(f"{self._pacs.host} cannot be reached: {error.strerror}") from error
@@ -175,3 +176,34 @@ def _without_delay(event: evt.Event) -> None:
     prompt = _PromptSocket(fileno=transport.socket.detach())
     prompt.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     transport.socket = prompt
+
+
+class _Checkpoint(threading.Event):
+    """Where pynetdicom's reactor thread rests while we wait for an answer.
+
+    The library says "I rest" before it looks whether it may go on: a thread that is held up between the two takes the PACS's
+    answer for a request, and we wait 30 s for one that has come (seen in one of five demonstrations). Here "I go on" is
+    said under the lock under which it is stopped.
+    """
+
+    def __init__(self, association: Association) -> None:
+        super().__init__()
+        self._association = association
+        self._looking = threading.Lock()
+        self.set()
+
+    def clear(self) -> None:
+        with self._looking:
+            super().clear()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        while super().wait(timeout):
+            with self._looking:
+                if self.is_set():
+                    self._association._is_paused = False
+                    return True
+        return False
+
+
+def _without_theft(event: evt.Event) -> None:
+    event.assoc._reactor_checkpoint = _Checkpoint(event.assoc)

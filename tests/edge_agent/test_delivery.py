@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.uid import ComprehensiveSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 from pynetdicom import AE, evt
+from pynetdicom.dimse import DIMSEServiceProvider
 
 from benchmarks.orthanc import Orthanc, binary
-from edge_agent import config, database, delivery, report
+from edge_agent import config, database, delivery, pacs, report
 from edge_agent.config import Config
 from edge_agent.delivery import Delivery, wait_s
 from edge_agent.pacs import IDLE_S, Answer, Outcome, PacsAwayError, judge
@@ -61,8 +63,8 @@ def db(data_dir: Path) -> Iterator[sqlite3.Connection]:
 
 
 def configured(data_dir: Path, port: int, ae_title: str = "ORTHANC") -> Config:
-    pacs = {"enabled": True, "host": "127.0.0.1", "port": port, "ae_title": ae_title, "calling_ae_title": "WARDROUND"}
-    return config.parse({"pacs": pacs, "box": {"data_dir": "."}}, folder=data_dir)
+    where = {"enabled": True, "host": "127.0.0.1", "port": port, "ae_title": ae_title, "calling_ae_title": "WARDROUND"}
+    return config.parse({"pacs": where, "box": {"data_dir": "."}}, folder=data_dir)
 
 
 def fill(db: sqlite3.Connection, data_dir: Path, written: tuple[ReportFile, ...]) -> None:
@@ -310,6 +312,37 @@ def test_an_association_that_the_pacs_dropped_is_opened_again_at_once(
         assert sender.step(db)
         sender._sender.close()
     assert states(db) == ["delivered", "delivered"]
+
+
+def test_a_thread_of_the_library_that_is_held_up_steals_no_answer(
+    db: sqlite3.Connection, data_dir: Path, written: tuple[ReportFile, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine: the library's thread is held up right after it saw that it may go on, and ours before it waits."""
+
+    class HeldUp(pacs._Checkpoint):
+        def wait(self, timeout: float | None = None) -> bool:
+            may_go_on = super().wait(timeout)
+            time.sleep(0.1)
+            return may_go_on
+
+    take = DIMSEServiceProvider.get_msg
+
+    def take_late(self: DIMSEServiceProvider, block: bool = False) -> Any:
+        time.sleep(0.3 if block else 0.0)
+        return take(self, block)
+
+    monkeypatch.setattr(DIMSEServiceProvider, "get_msg", take_late)
+    monkeypatch.setattr(pacs, "_Checkpoint", HeldUp)
+    monkeypatch.setattr(pacs, "ANSWER_TIMEOUT_S", 2.0)
+    came = []
+    fill(db, data_dir, written)
+    with scp(lambda event: came.append(event) or 0x0000) as port:
+        sender = Delivery(configured(data_dir, port), Clock())
+        assert sender.step(db)
+        assert sender.step(db)
+        sender._sender.close()
+    assert states(db) == ["delivered", "delivered"]
+    assert len(came) == 2  # neither was sent twice
 
 
 # --- a real PACS
