@@ -22,7 +22,7 @@ from models.bundle import INPUT_NAMES, Array, BundleParts, write_bundle
 from models.examples import LESION_SIDE, Example, batches
 from models.export import OPSET, other_batch, parity, run_torch, to_onnx
 from models.fitting import Progress, TrainingPlan, train
-from models.network import NANO, Hybrid
+from models.network import FAR, NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
 from models.predicting import Predicted, looks, predict
 from models.preprocess import Volume, prepare
@@ -111,7 +111,9 @@ def fit_ood(network: Hybrid, examples: Sequence[Example]) -> None:
     """Freeze what an image looks like; class means and the inverse root of their shared covariance, into the buffers."""
     network.freeze_look()
     look_ND, label_N = looks(network, examples)
-    mean_KD = np.stack([look_ND[label_N == k].mean(0, np.float64) for k in np.unique(label_N)])
+    mean_KD = np.full((network.head.out_features, look_ND.shape[1]), FAR)  # a label without examples is near nothing
+    for k in np.unique(label_N):
+        mean_KD[k] = look_ND[label_N == k].mean(0, np.float64)
     residual_ND = look_ND - mean_KD[label_N]
     scale_D = residual_ND.std(0) + 1e-6
     correlation_DD = (residual_ND / scale_D).T @ (residual_ND / scale_D) / len(residual_ND)
