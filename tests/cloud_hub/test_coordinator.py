@@ -29,7 +29,7 @@ from tests.cloud_hub.round_support import (
     shapes,
 )
 
-pytestmark = needs_bundle
+pytestmark = [needs_bundle, pytest.mark.slow]
 
 
 @pytest.fixture

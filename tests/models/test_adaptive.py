@@ -13,6 +13,8 @@ from models.spec import Code, Label, TaskSpec
 from tests.models.conftest import SessionRun
 from tests.models.look_support import Readings, readings
 
+pytestmark = pytest.mark.slow
+
 CODE = Code("1", "99TEST", "test")
 LABELS = tuple(Label(name, CODE, name != "a") for name in "abc")
 TASK = TaskSpec("task", "XR", 0, LABELS, temperature=0.8, conformal_threshold=0.4)

@@ -11,6 +11,8 @@ from models.spec import Code, Label, Reference, TaskSpec
 from tests.models.conftest import SessionRun
 from tests.models.look_support import Readings, readings
 
+pytestmark = pytest.mark.slow
+
 CODE = Code("1", "99TEST", "test")
 TASK = TaskSpec("task", "XR", 0, tuple(Label(name, CODE, name != "a") for name in "abc"), temperature=0.8)
 

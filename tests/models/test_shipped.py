@@ -10,6 +10,8 @@ from models.preprocess import Volume, prepare
 from models.spec import MODALITIES, TaskSpec
 from tests.models.conftest import SessionRun, one_series
 
+pytestmark = pytest.mark.slow
+
 FIRST_SEED = 40_000_000  # far from those of training, calibration and the card
 PER_LABEL = 12
 
