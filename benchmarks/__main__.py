@@ -10,6 +10,7 @@ from rich.console import Console
 from benchmarks import receive
 from benchmarks.network import bench as network
 
+FILE_COLUMNS = 180  # of a table that goes to a file
 BENCHES = {"receive": receive, "models": network}
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")
     options = parser.parse_args()
     result = BENCHES[options.name].measure(quick=options.quick)
-    Console().print(BENCHES[options.name].table(result))
+    Console(width=None if sys.stdout.isatty() else FILE_COLUMNS).print(BENCHES[options.name].table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1), "utf-8")
     return 0
