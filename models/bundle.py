@@ -44,6 +44,8 @@ KNOWN_ANSWER_TOLERANCE = 2e-2  # TF32 and TensorRT kernels round; a wrong graph 
 
 MAX_FILE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
+# What zipfile raises for a file that is none, is cut short, encrypted or packed in a way it does not know.
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError)
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _REFUSED = "do not use this file; fetch the bundle again"
 
@@ -126,7 +128,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         with zipfile.ZipFile(path) as archive:
             return _manifest(archive.read(MANIFEST))
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except (KeyError, *ZIP_ERRORS) as error:
         raise BundleError(f"{path.name} cannot be read: {error}", advice=_REFUSED) from error
 
 
@@ -211,7 +213,7 @@ def _members(content: bytes) -> dict[str, bytes]:
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(content) for entry in entries):
                 raise BundleError("a bundle's members are stored, not compressed", advice=_REFUSED)
             members = {entry.filename: archive.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except ZIP_ERRORS as error:
         raise BundleError(f"not a bundle: {error}", advice=_REFUSED) from error
     if _zip(members) != content:
         raise BundleError("not in canonical form: something was added or changed", advice=_REFUSED)

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
+from models.bundle import ZIP_ERRORS
 from models.errors import SpecError
 from models.export import OPSET, quiet
 from models.import_spec import ImportSpec
@@ -108,7 +109,7 @@ def _unpacked(source: Path, scratch: Path) -> Path:
             if sum(entry.file_size for entry in entries) > MAX_ZIP_BYTES:
                 raise SpecError(f"{source.name} unpacks to more than {MAX_ZIP_BYTES} bytes", advice=_TAKEN)
             archive.extractall(target)  # every name was looked at
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+    except ZIP_ERRORS as error:
         raise SpecError(
             f"{source.name} cannot be unpacked: {error}", advice="give a bundle's folder or .zip"
         ) from error
