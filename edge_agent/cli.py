@@ -199,7 +199,10 @@ def _print_status(gathered: "Status") -> None:
         )
     out.print("series: " + (", ".join(f"{n} {name}" for name, n in gathered.series.items()) or "none yet"))
     out.print("counts: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in gathered.counts.items()))
-    _print_rows("Tasks, at 90 % coverage", [_task_row(task) for task in gathered.tasks])
+    _print_rows(
+        "Tasks: reviewed cases whose label was in the set, 90 % is promised",
+        [_task_row(task) for task in gathered.tasks],
+    )
     _print_rows("Rounds", gathered.rounds)
     _print_rows("Waiting for the PACS", gathered.pacs)
     _print_rows("Series not read", gathered.failed)
@@ -211,11 +214,11 @@ def _task_row(task: "TaskStatus") -> dict[str, str]:
     """Bundle → this site."""
     return {
         "task": task.task,
-        "reviewed": str(task.reviewed),
-        "label_in_set": _share(task.covered, task.reviewed),
-        "by_the_bundle": _share(task.covered_by_bundle, task.reviewed),
-        "threshold": f"{task.threshold_of_bundle:.3f} → {task.threshold:.3f}",
-        "temperature": f"{task.temperature_of_bundle:.2f} → {task.temperature:.2f}",
+        "cases": str(task.reviewed),
+        "in_set": _share(task.covered, task.reviewed),
+        "by_bundle": _share(task.covered_by_bundle, task.reviewed),
+        "threshold": f"{task.threshold_of_bundle:.2f}→{task.threshold:.2f}",
+        "temperature": f"{task.temperature_of_bundle:.2f}→{task.temperature:.2f}",
         "drift": task.drift_said,
     }
 

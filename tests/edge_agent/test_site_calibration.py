@@ -206,7 +206,7 @@ def test_status_prints_each_task(tmp_path: Path, capsys: pytest.CaptureFixture[s
     cli._print_status(gathered)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(TASK.name)]
     assert "0%" in line
-    assert f"0.500 → {gathered.tasks[0].threshold:.3f}" in line
+    assert f"0.50→{gathered.tasks[0].threshold:.2f}" in line
 
 
 @pytest.mark.parametrize(
