@@ -1,11 +1,15 @@
 """Updates coming in, one message at a time: an offer that comes again."""
 
+import shutil
 from pathlib import Path
 from typing import Literal, cast
+
+import pytest
 
 from cloud_hub.intake import Intake
 from cloud_hub.transfers import Transfers
 from fleet_link import chunks
+from fleet_link.errors import SiteError
 from fleet_link.messages import AnyMessage, TransferOffer, TransferProgress
 from tests.cloud_hub.hub_support import make_hub_files
 
@@ -43,3 +47,33 @@ def test_an_offer_that_comes_again_is_answered_at_once(tmp_path: Path) -> None:
     receiving.receive_due(100.1)
     receiving.close()
     assert [type(message) for message in said] == [TransferProgress, TransferProgress]
+
+
+def test_one_transfer_s_trouble_holds_no_other_up(tmp_path: Path) -> None:
+    files = make_hub_files(tmp_path)
+    said: list[str] = []
+    receiving = Transfers(
+        files.config,
+        files.database,
+        cast(Intake, WillingIntake()),
+        lambda device, message: said.append(device),
+        lambda device, frame: True,
+    )
+    update = tmp_path / "update"
+    update.write_bytes(bytes(300_000))
+    for number, device in enumerate(("box-1", "box-2"), 1):
+        files.add_device(device, "north")
+        offer = chunks.new_offer(update, kind="update", subject="r1", transfer_id=f"{number}" * 32, message_id="5" * 32)
+        receiving.on_offer(device, offer, 100.0)
+        sending = chunks.Outgoing(update, offer)
+        sending.on_progress(
+            TransferProgress(message_id="5" * 32, transfer_id=offer.transfer_id, received_bitmap=b""), 100.0
+        )
+        receiving.on_chunk(device, next(iter(sending.due(100.0)))[1])
+        sending.close()
+    shutil.rmtree(files.config.paths.rounds / "r1" / "incoming" / "box-1")
+    with pytest.raises(SiteError):
+        receiving.receive_due(100.0)
+    assert said == ["box-2"]
+    receiving.receive_due(100.1)  # the one in trouble is let go: its box offers it again
+    receiving.close()
