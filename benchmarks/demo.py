@@ -27,7 +27,7 @@ from benchmarks.processes import HouseError, wait_for
 from benchmarks.studies import Order, Reviewer, Study
 
 REVIEWER, PASSWORD = "reader", "phantoms-only"
-READ_TIMEOUT_S, ROUND_TIMEOUT_S = 300.0, 600.0
+HEARTBEAT_TIMEOUT_S, READ_TIMEOUT_S, ROUND_TIMEOUT_S = 180.0, 300.0, 600.0
 _UNREAD = "SELECT 1 FROM series WHERE state IN ('receiving', 'due', 'read')"
 BOX_SETTINGS: dict[str, object] = {
     "dicom.quiet_time_s": 2.0,
@@ -97,6 +97,8 @@ def main() -> int:
     except HouseError as error:
         keep_folder = True
         console.print(f"[bold red]The demonstration stopped:[/bold red] {error}", highlight=False, soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
         console.print(f"All logs are in {folder}", highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -150,7 +152,7 @@ def open_house(house: House, seed: int) -> tuple[list[Study], list[Study], list[
         for box in boxes:
             box.wait_ready()
         house.pacs.wait_ready()
-        wait_for("heartbeat of every box", lambda: _all_seen(house), timeout_s=60.0, every_s=0.5)
+        wait_for("heartbeat of every box", lambda: _all_seen(house), timeout_s=HEARTBEAT_TIMEOUT_S, every_s=0.5)
         return made.result()
 
 
@@ -220,6 +222,7 @@ def _make_studies(boxes: Sequence[Box], folder: Path, seed: int) -> tuple[list[S
 
 
 def _all_seen(house: House) -> bool:
+    house.must_run()
     devices = house.hub.fleet("devices")
     return len(devices) == len(house.boxes) and all(device["state"] == "online" for device in devices)
 

@@ -180,7 +180,22 @@ class House:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(value, HouseError):
+            value.add_note(self.account())
         self.stop()
+
+    def must_run(self) -> None:
+        """Raises HouseError, with its last words, when the hub or a box has ended by itself."""
+        for daemon in (self.hub.daemon, *(box.daemon for box in self.boxes)):
+            daemon.must_run()
+
+    def account(self) -> str:
+        """Whether each process runs, and the last lines of its log: what somebody who was not there needs."""
+        parts = {"hub": self.hub.daemon, **{box.name: box.daemon for box in self.boxes}}
+        return "\n".join(
+            f"--- {name} {'runs' if daemon.running else 'does not run'}; last lines of {daemon.log_path}:\n{daemon.tail(12)}"
+            for name, daemon in parts.items()
+        )
 
     def stop(self) -> None:
         for box in self.boxes:

@@ -11,6 +11,8 @@ from typing import Any
 import pydicom
 import pytest
 
+from benchmarks.house import House
+from benchmarks.processes import HouseError, wait_for
 from tests.edge_agent.report_support import complaints
 from tests.privacy_support import found_in, patient_words
 
@@ -98,3 +100,24 @@ def test_nothing_is_left_running(work: Path) -> None:
         except OSError:
             continue
         assert int(process.name) == mine or str(work) not in command, command
+
+
+def test_a_demonstration_that_stops_shows_what_every_process_said_last(tmp_path: Path) -> None:
+    with pytest.raises(HouseError) as stopped:
+        _lose_a_box(tmp_path / "house")
+    (account,) = stopped.value.__notes__
+    assert "hub runs" in account
+    assert "north-1 does not run" in account
+    assert "connected to localhost" in account
+
+
+def _lose_a_box(folder: Path) -> None:
+    with House(folder) as house:
+        house.open_hub("north")
+        box = house.add_box("north-1", "north")
+        house.enroll(box)
+        box.start()
+        box.wait_ready()
+        wait_for("word of the link", lambda: "connected to" in box.daemon.tail(), timeout_s=60.0)
+        box.daemon.kill()
+        house.must_run()
