@@ -117,6 +117,7 @@ class Learning:
     nice: Annotated[int, Meta(ge=0, le=19)]
     timeout_s: Seconds
     heldout_fraction: Annotated[float, Meta(gt=0.0, lt=1.0)]
+    replay_max: Annotated[int, Meta(ge=0, le=1_000_000, description="a number of examples from 0 to 1000000")]
 
 
 @dataclass(frozen=True)

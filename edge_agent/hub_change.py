@@ -9,7 +9,7 @@ import logging
 import sqlite3
 from pathlib import Path
 
-from edge_agent import bundles, database, ledger
+from edge_agent import bundles, database, ledger, replay
 from edge_agent.identity import Enrolled
 from edge_agent.ledger import Outcome
 from edge_agent.link import HIGHEST_SEQUENCE
@@ -43,6 +43,7 @@ def _follow_hub(db: sqlite3.Connection, data_dir: Path, theirs: int, now: float)
         if before:
             db.execute("DELETE FROM link_outbox")
             database.forget(db, HIGHEST_SEQUENCE)
+            replay.forget(db)
             bundles.forget_releases(db, data_dir)
         database.keep(db, HUB, theirs)
     if before:

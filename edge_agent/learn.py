@@ -55,7 +55,7 @@ NEWEST_REVIEWS = """
 """
 # The other half: what the newest verdict on the newest result has already become.
 EXAMPLES = """
-    SELECT e.series_no, e.modality, e.label, e.split FROM examples e
+    SELECT e.series_no, e.review_no, e.modality, e.label, e.split FROM examples e
     JOIN reviews r ON r.review_no = e.review_no
     JOIN results o ON o.result_no = r.result_no
     JOIN series s ON s.series_no = e.series_no AND s.version = o.version AND s.state = 'reported'
@@ -81,6 +81,11 @@ class Report(msgspec.Struct, frozen=True):
     seconds: float
     peak_rss_bytes: int
 
+    @property
+    def is_worse(self) -> bool:
+        """Fewer held-out reviews right than before; without any, nothing is judged."""
+        return self.heldout_correct_after < self.heldout_correct_before
+
 
 class _ChildError(msgspec.Struct, frozen=True):
     error: str
@@ -95,6 +100,7 @@ class Trained:
 @dataclass(frozen=True)
 class Example:
     series_no: int
+    review_no: int  # of the verdict it teaches
     modality: str
     label: str
     split: str
@@ -133,18 +139,27 @@ def newest_heldout(db: sqlite3.Connection, most: int) -> list[Example]:
     return [Example(**dict(row)) for row in rows]
 
 
-def lay_out(db: sqlite3.Connection, data_dir: Path, base: Bundle, modalities: Sequence[str], folder: Path) -> int:
+def usable(db: sqlite3.Connection, base: Bundle, modalities: Sequence[str], split: str) -> list[Example]:
+    """Those whose modality and label `base` knows."""
+    labels = {task.modality: {label.name for label in task.labels} for task in base.manifest.tasks}
+    inputs = {spec.modality for spec in base.manifest.inputs}
+    return [
+        example
+        for example in examples(db, modalities, split)
+        if example.modality in inputs and example.label in labels.get(example.modality, ())
+    ]
+
+
+def lay_out(db: sqlite3.Connection, data_dir: Path, base: Bundle, chosen: Sequence[Example], folder: Path) -> int:
     """Fill `folder` with examples.json and arrays for the child, as `base` wants its input. Gives the number to train on.
 
-    Examples whose modality or label the base does not know, or whose images are gone, stay out.
-    Raises SiteError or OSError when the disk refuses.
+    Examples whose images are gone stay out. Raises SiteError or OSError when the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     listed = []
-    for example in examples(db, modalities, "train") + examples(db, modalities, "heldout"):
-        spec, task = base.manifest.input_for(example.modality), base.manifest.task_for(example.modality)
-        if spec is None or task is None or example.label not in {label.name for label in task.labels}:
-            continue
+    for example in chosen:
+        spec = base.manifest.input_for(example.modality)
+        assert spec is not None  # chosen from `usable`
         try:
             path, arrays = _arrays_for(db, data_dir, example, spec)
         except (SiteError, VolumeError) as error:

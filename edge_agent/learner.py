@@ -13,16 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event as StopEvent
 
-from edge_agent import bundles, database, learn, ledger, policy, update
+from edge_agent import bundles, database, learn, ledger, policy, replay, update
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.database import transaction
 from edge_agent.ledger import Outcome, Round
+from edge_agent.releases import MAX_HELDOUT
 from edge_agent.rounds import Event, State
 from fleet_link import pki
 from fleet_link.errors import LinkError, SiteError
 from fleet_link.files import write_durably
-from models.bundle import read_bundle
+from models.bundle import Bundle, read_bundle
 from models.errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -128,30 +129,56 @@ class Learner:
         base = read_bundle(base_path)
         if not base.manifest.is_trainable:
             raise learn.CannotTrainError(f"the round's base {base.manifest.name} is an imported network: not trainable")
-        examples = learn.lay_out(db, self._data_dir, base, settings.policy.tasks, folder)
         needed = max(settings.policy.min_examples, of.plan.min_examples)
+        chosen = self._chosen(db, of, base, needed)
+        examples = learn.lay_out(db, self._data_dir, base, chosen, folder)
         if examples < needed:
             raise learn.CannotTrainError(
                 f"{examples} reviewed examples can be used with the base bundle, needs {needed}"
             )
         log.info("round %s: training on %d examples", of.round_id, examples)
         trained = learn.train(of.plan, base, folder, settings.learning, stopped)
+        _judge(of, trained.report, folder)
         sealed = update.build(base.weights, trained.weights, of.plan, identity, examples)
-        log.info(
-            "round %s: trained in %.1f s, held-out %d -> %d of %d, delta norm %.3g",
-            of.round_id,
-            trained.report.seconds,
-            trained.report.heldout_correct_before,
-            trained.report.heldout_correct_after,
-            trained.report.heldout,
-            sealed.norm_before_clip,
-        )
+        log.info("round %s: delta norm %.3g", of.round_id, sealed.norm_before_clip)
         path = f"updates/{of.round_id}.sealed"
         write_durably(self._data_dir / path, sealed.sealed)
+        replay.keep_learned(db, of.round_id, chosen)
         return Outcome(
             examples=examples,
+            reason=replay.NOT_COUNTED,
             update_path=path,
             update=ledger.offer_of(self._data_dir / path, of.round_id, identity.name),
+        )
+
+    def _chosen(self, db: sqlite3.Connection, of: Round, base: Bundle, needed: int) -> list[learn.Example]:
+        """To train on, and the newest held-out ones. Together never fewer than the round needs."""
+        tasks = self._config.policy.tasks
+        training = learn.usable(db, base, tasks, "train")
+        heldout = sorted(learn.usable(db, base, tasks, "heldout"), key=lambda example: example.review_no)
+        learned_up_to = replay.learned_up_to(db)
+        new = sum(example.review_no > learned_up_to for example in training)
+        older_max = max(self._config.learning.replay_max, needed - new)
+        taught = replay.choose(training, learned_up_to, older_max, of.plan.seed)
+        return taught + heldout[-MAX_HELDOUT:]
+
+
+def _judge(of: Round, report: learn.Report, folder: Path) -> None:
+    """Raises CannotTrainError where the trained weights read this site's held-out reviews worse; they are dropped."""
+    log.info(
+        "round %s: trained in %.1f s, held-out %d -> %d of %d%s",
+        of.round_id,
+        report.seconds,
+        report.heldout_correct_before,
+        report.heldout_correct_after,
+        report.heldout,
+        "" if report.heldout else ": there is none to judge by",
+    )
+    if report.is_worse:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise learn.CannotTrainError(
+            f"not sent: {report.heldout_correct_before} right of {report.heldout} held-out reviews before,"
+            f" {report.heldout_correct_after} after"
         )
 
 

@@ -88,6 +88,8 @@ REFUSALS = [
     ({"inference": {"providers": []}}, "at least one ONNX Runtime provider"),
     ({"learning": {"heldout_fraction": 1.0}}, "learning.heldout_fraction = 1.0 refused"),
     ({"learning": {"nice": 20}}, "learning.nice = 20 refused"),
+    ({"learning": {"replay_max": -1}}, "learning.replay_max = -1 refused: a number of examples"),
+    ({"learning": {"replay_max": 0.5}}, "learning.replay_max = 0.5 refused: a number of examples"),
     ({"review": {"bind": "0.0.0.0"}}, "review.bind = '0.0.0.0' refused: without tls_certificate"),
     ({"review": {"tls_key": "key.pem"}}, "review.tls_certificate refused: certificate and key come together"),
 ]

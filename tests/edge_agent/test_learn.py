@@ -17,13 +17,13 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from edge_agent import database, learn, ledger
+from edge_agent import database, learn, ledger, replay
 from edge_agent.learner import Learner
 from edge_agent.rounds import Event, State
 from fleet_link import sealing
 from fleet_link.errors import SiteError
 from models import delta
-from models.bundle import BundleParts, read_bundle, write_bundle
+from models.bundle import Bundle, BundleParts, read_bundle, write_bundle
 from models.preprocess import Volume
 from models.spec import IMPORTED
 from tests.edge_agent.link_support import Box, make_box, make_plan
@@ -44,6 +44,11 @@ def box(tmp_path: Path, authority: TestAuthority) -> Iterator[Box]:
 
 def collect(box: Box) -> int:
     return learn.collect(box.db, box.data_dir, box.holder.current.reader.bundle.manifest, 0.25)
+
+
+def lay_out(box: Box, base: Bundle, folder: Path) -> int:
+    chosen = [example for split in ("train", "heldout") for example in learn.usable(box.db, base, ("XR",), split)]
+    return learn.lay_out(box.db, box.data_dir, base, chosen, folder)
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -122,12 +127,12 @@ def test_layout_for_the_child(box: Box, tmp_path: Path) -> None:
     box.db.execute("UPDATE examples SET label = 'unheard of' WHERE series_no = 2")
     (box.data_dir / box.rows("examples")[2]["path"]).unlink()  # lost: made again
     base = read_bundle(box.shipped)
-    assert learn.lay_out(box.db, box.data_dir, base, ("XR",), tmp_path / "job") == 2
-    assert learn.lay_out(box.db, box.data_dir, base, ("XR",), tmp_path / "job") == 2  # twice is once
+    assert lay_out(box, base, tmp_path / "job") == 2
+    assert lay_out(box, base, tmp_path / "job") == 2  # twice is once
     listed = json.loads((tmp_path / "job" / "examples.json").read_text())
     assert sorted(entry["split"] for entry in listed) == ["heldout", "train", "train"]
     assert all((tmp_path / "job" / entry["path"]).exists() for entry in listed)
-    assert learn.lay_out(box.db, box.data_dir, base, ("CT",), tmp_path / "job2") == 0
+    assert learn.usable(box.db, base, ("CT",), "train") == []
 
 
 def test_another_preprocessing_makes_the_arrays_anew(box: Box, tmp_path: Path) -> None:
@@ -137,7 +142,7 @@ def test_another_preprocessing_makes_the_arrays_anew(box: Box, tmp_path: Path) -
     base = read_bundle(box.shipped)
     spec = msgspec.structs.replace(base.manifest.inputs[0], size=24)
     other = msgspec.structs.replace(base.manifest, inputs=(spec,))
-    learn.lay_out(box.db, box.data_dir, replace(base, manifest=other), ("XR",), tmp_path / "job")
+    lay_out(box, replace(base, manifest=other), tmp_path / "job")
     after = box.rows("examples")[0]["path"]
     assert after != before
     with np.load(box.data_dir / after) as arrays:
@@ -456,7 +461,7 @@ def test_reviews_become_an_update_that_the_hub_can_open(tmp_path: Path, authorit
         box.db.execute("DELETE FROM rounds")
         start_round(box, sealing.public_bytes(key))
         learner(box).step(box.db, Never())  # type: ignore[arg-type]
-        assert box.rows("rounds")[0]["reason"] == ""
+        assert box.rows("rounds")[0]["reason"] == replay.NOT_COUNTED
         assert box.state_of("round-1") == State.UPLOADING
         transfer = box.rows("transfers_out")[-1]
         sealed = (box.data_dir / transfer["path"]).read_bytes()

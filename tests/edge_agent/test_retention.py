@@ -19,7 +19,7 @@ from edge_agent.infer import Reader
 from edge_agent.pipeline import Pipeline
 from edge_agent.retention import DAY_S, LOOK_S, RETRY_S, Retention
 from edge_agent.reviews import ReviewError
-from models.bundle import SHIPPED
+from models.bundle import SHIPPED, Bundle
 from models.phantom_dicom import write_series
 from models.phantoms import phantom
 from tests.edge_agent.dicom_support import write
@@ -180,6 +180,10 @@ def _collect(box: Box, heldout_fraction: float) -> None:
     learn.collect(box.db, box.data_dir, box.holder.current.reader.bundle.manifest, heldout_fraction)
 
 
+def _lay_out(box: Box, base: Bundle, folder: Path) -> int:
+    return learn.lay_out(box.db, box.data_dir, base, learn.usable(box.db, base, ["XR"], "train"), folder)
+
+
 def test_a_verdict_that_is_no_example_yet_holds_the_images(box: Box) -> None:
     _review(box)
     box.settle()
@@ -191,8 +195,7 @@ def test_an_example_to_train_on_keeps_its_arrays_apart(box: Box, tmp_path: Path)
     _collect(box, heldout_fraction=0.0)
     box.settle()
     assert not box.here()
-    bundle = box.holder.current.reader.bundle
-    assert learn.lay_out(box.db, box.data_dir, bundle, ["XR"], tmp_path / "round") == 1
+    assert _lay_out(box, box.holder.current.reader.bundle, tmp_path / "round") == 1
 
 
 def test_an_example_for_another_input_is_used_though_the_images_are_gone(box: Box, tmp_path: Path) -> None:
@@ -204,11 +207,11 @@ def test_an_example_for_another_input_is_used_though_the_images_are_gone(box: Bo
     other = msgspec.structs.replace(spec, size=spec.size * 2)
     inputs = tuple(other if known.modality == "XR" else known for known in bundle.manifest.inputs)
     larger = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, inputs=inputs))
-    assert learn.lay_out(box.db, box.data_dir, larger, ["XR"], tmp_path / "larger") == 1
+    assert _lay_out(box, larger, tmp_path / "larger") == 1
     box.settle()
     assert not box.here()
     for number, base in enumerate((bundle, larger, bundle)):  # both kinds of arrays are on the disk
-        assert learn.lay_out(box.db, box.data_dir, base, ["XR"], tmp_path / str(number)) == 1
+        assert _lay_out(box, base, tmp_path / str(number)) == 1
 
 
 def test_a_held_out_case_keeps_its_images_to_judge_releases(box: Box) -> None:

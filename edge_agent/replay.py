@@ -1,0 +1,58 @@
+"""Which examples take part in a round: every verdict that is new since the last counted round, and a share of the older ones.
+
+Reads rounds and counters; writes one counter for each sealed round.
+Never draws without a seed and never leaves a new verdict out.
+Source: rehearsal against forgetting (Robins 1995).
+"""
+
+import sqlite3
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+
+import numpy as np
+
+from edge_agent import database
+from edge_agent.learn import Example
+from edge_agent.rounds import State
+
+# The reason of a sealed round until the hub's receipt, which clears it: a round that closes before keeps it.
+NOT_COUNTED = "the hub has not counted this box's update"
+LEARNED_UP_TO = "learned up to, "  # counter of a round: the newest verdict in its update
+COUNTED = """
+    SELECT COALESCE(MAX(c.value), 0) FROM counters c JOIN rounds r ON c.name = ? || r.round_id
+    WHERE r.state = ? OR (r.state = ? AND r.update_path <> '' AND r.reason = '')
+"""
+
+
+def choose(examples: Sequence[Example], learned_up_to: int, older_max: int, seed: int) -> list[Example]:
+    """All with a verdict after `learned_up_to`, and at most `older_max` others, evenly over modalities and labels.
+
+    In the order of `examples`; equal seeds draw equally.
+    """
+    older = [example for example in examples if example.review_no <= learned_up_to]
+    drawn = {example.series_no for example in _evenly(older, older_max, seed)}
+    return [example for example in examples if example.review_no > learned_up_to or example.series_no in drawn]
+
+
+def learned_up_to(db: sqlite3.Connection) -> int:
+    """The newest verdict in an update that the hub has counted, and whose round it did not drop; 0 before the first."""
+    return int(db.execute(COUNTED, (LEARNED_UP_TO, State.DELIVERED, State.CLOSED)).fetchone()[0])
+
+
+def keep_learned(db: sqlite3.Connection, round_id: str, examples: Sequence[Example]) -> None:
+    """What the round's update, sealed next, has learned. Counts as soon as the hub counts it."""
+    database.keep(db, LEARNED_UP_TO + round_id, max(example.review_no for example in examples))
+
+
+def forget(db: sqlite3.Connection) -> None:
+    """Another hub has counted nothing of this box yet: every verdict is new to it."""
+    db.execute("DELETE FROM counters WHERE substr(name, 1, ?) = ?", (len(LEARNED_UP_TO), LEARNED_UP_TO))
+
+
+def _evenly(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
+    """One of each modality and label in turn, until there are enough; where one runs out, the others fill up."""
+    groups: dict[tuple[str, str], list[Example]] = {}
+    for index in np.random.default_rng(seed).permutation(len(examples)):
+        groups.setdefault((examples[index].modality, examples[index].label), []).append(examples[index])
+    in_turn = chain.from_iterable(zip_longest(*groups.values()))
+    return [example for example in in_turn if example is not None][:most]
