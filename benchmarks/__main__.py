@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import receive
+from benchmarks import preprocess, receive
 from benchmarks.network import bench as network
 
 FILE_COLUMNS = 180  # of a table that goes to a file
-BENCHES = {"receive": receive, "models": network}
+BENCHES = {"receive": receive, "preprocess": preprocess, "models": network}
 
 
 def main() -> int:
@@ -19,7 +19,8 @@ def main() -> int:
     parser.add_argument(
         "name",
         choices=BENCHES,
-        help="receive: C-STORE beside DCMTK's storescp and Orthanc; models: accuracy, federation, explanation, shift, speed",
+        help="receive: C-STORE beside DCMTK's storescp and Orthanc; preprocess: file to tensor beside pydicom and numpy "
+        "alone; models: accuracy, federation, explanation, shift, speed",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")

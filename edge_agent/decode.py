@@ -8,23 +8,24 @@ Axes: Z slice, Y row, X column.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gdcm  # type: ignore[import-untyped]
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import UID, JPEGExtended12Bit
+from pydicom.pixels import apply_modality_lut
+from pydicom.uid import UID_dictionary
 
+from edge_agent.encoded import inflates_beyond
 from edge_agent.instances import PYDICOM_ERRORS
-from fleet_link.errors import SiteError
+from edge_agent.pixels import DecodeError as DecodeError  # also for those who call to_volume
+from edge_agent.pixels import check_claims, stored_frames
 from models.preprocess import Volume, inversion_sum, rescale, spread
 from models.spec import DICOM_MODALITY
 
@@ -39,29 +40,12 @@ IMAGE_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.4.1",  # Enhanced MR
     "1.2.840.10008.5.1.4.1.1.4.4",  # Legacy Converted Enhanced MR
 }
-# Tried in this order, the faster first. Left out: Pillow for JPEG 2000, which scales 14-bit images by 4; pylibjpeg-rle,
-# whose panic on damaged bytes is no Exception (0.6 ms against pydicom's 4.9 for a 512 x 512 CT).
-PLUGINS = {
-    "1.2.840.10008.1.2.4.50": ("pillow", "gdcm"),
-    "1.2.840.10008.1.2.4.51": ("gdcm",),
-    "1.2.840.10008.1.2.4.57": ("gdcm",),
-    "1.2.840.10008.1.2.4.70": ("gdcm",),
-    "1.2.840.10008.1.2.4.80": ("pyjpegls", "gdcm"),
-    "1.2.840.10008.1.2.4.81": ("pyjpegls", "gdcm"),
-    "1.2.840.10008.1.2.4.90": ("pylibjpeg", "gdcm"),
-    "1.2.840.10008.1.2.4.91": ("pylibjpeg", "gdcm"),
-    "1.2.840.10008.1.2.4.201": ("pylibjpeg",),
-    "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
-    "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
-    "1.2.840.10008.1.2.5": ("pydicom",),
-}
 MAX_VOXELS = 1 << 29  # 2 GiB as float32: more is a damaged header or nothing this box can hold
 MAX_FRAMES = 20_000  # each costs a row of header before the first pixel is read
+MAX_INFLATED = 2 * MAX_VOXELS  # bytes of a deflated file: pydicom inflates it as a whole
+NEEDED = ("SOPInstanceUID", "Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
+LARGEST = float(np.finfo(np.float32).max)
 ORIENTATION_TOLERANCE = 0.01  # of a direction cosine; scanners round theirs
-
-
-class DecodeError(SiteError):
-    """A series that cannot become one volume; the reason is for the operator."""
 
 
 class MissingImageError(DecodeError):
@@ -124,11 +108,13 @@ def to_volume(paths: Sequence[Path], *, most_slices: int | None = None) -> Decod
     if _count_voxels(slices) > MAX_VOXELS:
         raise DecodeError(f"{len(slices)} images of {rows} x {columns} pixels are too large")
     voxels_ZYX = np.empty((len(slices), rows, columns), np.float32)
-    place = {piece.source: z for z, piece in enumerate(slices)}
-    for path in dict.fromkeys(piece.source.path for piece in slices):
-        wanted = [piece for piece in slices if piece.source.path == path]
-        for piece, image_YX in zip(wanted, _images(path, wanted), strict=True):
-            voxels_ZYX[place[piece.source]] = image_YX
+    wanted: dict[Path, list[int]] = {}
+    for z, piece in enumerate(slices):
+        wanted.setdefault(piece.source.path, []).append(z)
+    for path, places in wanted.items():
+        ds, frames = _frames(path, [slices[z] for z in places])
+        for z, stored_YX in zip(places, frames, strict=True):
+            _to_modality_units(ds, slices[z], stored_YX, voxels_ZYX[z])
     volume = Volume(voxels_ZYX, _spacing_mm(slices), slices[0].modality, slices[len(slices) // 2].window)
     return Decoded(volume, tuple(piece.source for piece in slices))
 
@@ -143,8 +129,10 @@ def _is_readable(path: Path) -> bool:
         slices = _read_slices(path)
         if _count_voxels(slices) > MAX_VOXELS:
             return False
-        for _ in _images(path, slices):
-            pass
+        ds, frames = _frames(path, slices)
+        image_YX = np.empty(slices[0].shape_YX, np.float32)
+        for piece, stored_YX in zip(slices, frames, strict=True):
+            _to_modality_units(ds, piece, stored_YX, image_YX)
     except NotForUsError:
         return True
     except DecodeError:
@@ -158,40 +146,10 @@ def hush_pydicom() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
-def stored_frames(ds: Dataset, frame_indices: Sequence[int]) -> list[NDArray[Any]]:
-    """Stored values of the frames (from 0), YX, as the decoder gives them; the first plugin that can, does.
-
-    Raises DecodeError when none can.
-    """
-    syntax = UID(ds.file_meta.TransferSyntaxUID)
-    complaints = []
-    for plugin in PLUGINS.get(syntax, ("",)):
-        try:
-            if syntax == JPEGExtended12Bit and ds.BitsStored > 8:
-                return _twelve_bit_frames(ds, frame_indices)
-            frames = get_decoder(syntax).iter_array(ds, indices=frame_indices, decoding_plugin=plugin, raw=True)
-            return [np.asarray(frame_YX) for frame_YX, _ in frames]
-        except PYDICOM_ERRORS as error:
-            complaints.append(" ".join(str(error).split()))  # about the pixel module, which holds nothing of a patient
-    raise DecodeError(
-        f"pixels in {syntax.name} cannot be decoded: {'; '.join(complaints)[:300]}",
-        advice="send the images again, uncompressed or in another transfer syntax",
-    )
-
-
-def _twelve_bit_frames(ds: Dataset, frame_indices: Sequence[int]) -> list[NDArray[Any]]:
-    """GDCM on the whole file, which pydicom's plugin does not offer; equals libjpeg-turbo bit by bit."""
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(ds.filename))
-    if not reader.Read():
-        raise ValueError("GDCM cannot read the image")
-    buffer = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
-    frames_FYX = np.frombuffer(buffer, np.uint16).reshape(-1, ds.Rows, ds.Columns)
-    return [frames_FYX[index] for index in frame_indices]
-
-
 def _read_slices(path: Path) -> list[_Slice]:
     try:
+        if inflates_beyond(path, MAX_INFLATED):
+            raise DecodeError("a deflated image is too large", advice="send it again uncompressed if it is sound")
         ds = dcmread(path, stop_before_pixels=True)
         _check_kind(ds)
         frames = int(ds.get("NumberOfFrames") or 1)
@@ -215,13 +173,17 @@ def _check_kind(ds: Dataset) -> None:
     if modality not in DICOM_MODALITY:
         raise NotForUsError(f"no task reads modality {modality if modality.isalnum() else 'unknown'}")
     if str(ds.get("SOPClassUID")) not in IMAGE_CLASSES:
-        raise NotForUsError(f"no task reads {UID(str(ds.get('SOPClassUID'))).name}")
+        kind = UID_dictionary.get(str(ds.get("SOPClassUID")), ("objects of an unknown class",))
+        raise NotForUsError(f"no task reads {kind[0]}")
     photometric = str(ds.get("PhotometricInterpretation") or "missing")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(ds.get("SamplesPerPixel") or 1) != 1:
         raise DecodeError(
             "the images are in colour or do not say (photometric interpretation)",
             advice="send the original monochrome images, not screenshots",
         )
+    lacking = [keyword for keyword in NEEDED if ds.get(keyword) in (None, "")]
+    if lacking:
+        raise DecodeError(f"the header lacks {', '.join(lacking)}", advice="send the original from the scanner again")
 
 
 def _groups(ds: Dataset, index: int) -> list[Dataset]:
@@ -287,47 +249,39 @@ def _ordered(slices: Sequence[_Slice]) -> list[_Slice]:
     return sorted(slices, key=lambda piece: (_along_normal_mm(piece), piece.instance_number))
 
 
-def _images(path: Path, wanted: Sequence[_Slice]) -> Iterator[NDArray[np.float32]]:
-    """Frames of one file in modality units, in the order of `wanted`."""
+def _frames(path: Path, wanted: Sequence[_Slice]) -> tuple[Dataset, list[NDArray[Any]]]:
+    """The file and its stored frames, in the order of `wanted`."""
     try:
         ds = dcmread(path)
     except FileNotFoundError as error:
         raise _missing() from error
     except PYDICOM_ERRORS as error:
         raise DecodeError(f"an image cannot be read: {_complaint(error)}") from error
-    frame_indices = [(piece.source.frame_number or 1) - 1 for piece in wanted]
-    for piece, stored_YX in zip(wanted, stored_frames(ds, frame_indices), strict=True):
-        if stored_YX.shape != piece.shape_YX:
-            raise DecodeError("the pixels do not have the size that the header says")
-        yield _modality_units(ds, piece, stored_YX)
+    check_claims(ds, wanted[0].shape_YX)
+    frames = stored_frames(ds, [(piece.source.frame_number or 1) - 1 for piece in wanted])
+    if any(stored_YX.shape != wanted[0].shape_YX for stored_YX in frames):
+        raise DecodeError("the pixels do not have the size that the header says")
+    return ds, frames
 
 
-def _modality_units(ds: Dataset, piece: _Slice, stored_YX: NDArray[Any]) -> NDArray[np.float32]:
+def _to_modality_units(ds: Dataset, piece: _Slice, stored_YX: NDArray[Any], image_YX: NDArray[np.float32]) -> None:
+    """Fills image_YX."""
     is_signed, bits_stored = bool(ds.get("PixelRepresentation")), int(ds.BitsStored)
-    stored_YX = _used_bits(ds, stored_YX)
     if ds.get("ModalityLUTSequence"):
         try:
             stored_YX = apply_modality_lut(stored_YX, ds)
         except PYDICOM_ERRORS as error:
             raise DecodeError(f"the modality lookup table is damaged: {_complaint(error)}") from error
         is_signed, bits_stored = False, int(ds.ModalityLUTSequence[0].LUTDescriptor[2])
-    return rescale(
+    rescale(
         stored_YX,
         slope=piece.slope,
         intercept=piece.intercept,
         bits_stored=bits_stored,
         is_signed=is_signed,
         monochrome1=ds.PhotometricInterpretation == "MONOCHROME1",
+        out=image_YX,
     )
-
-
-def _used_bits(ds: Dataset, stored_YX: NDArray[Any]) -> NDArray[Any]:
-    """Only the bits from HighBit down: older images keep overlays in the others. Source: PS3.5 8.1.1."""
-    unused = int(ds.BitsAllocated) - int(ds.BitsStored)
-    if ds.file_meta.TransferSyntaxUID.is_compressed or unused <= 0:
-        return stored_YX
-    above = int(ds.BitsAllocated) - 1 - int(ds.get("HighBit") or ds.BitsStored - 1)
-    return np.asarray((stored_YX << above) >> unused) if 0 <= above <= unused else stored_YX
 
 
 def _window(ds: Dataset, places: Sequence[Dataset], slope: float, intercept: float) -> tuple[float, float] | None:
@@ -380,8 +334,8 @@ def _vector(places: Iterable[Dataset], keyword: str, length: int) -> tuple[float
 def _number(places: Iterable[Dataset], keyword: str, default: float) -> float:
     values = _values_of(places, keyword)
     number = float(values[0]) if values else default
-    if not math.isfinite(number):
-        raise DecodeError(f"{keyword} is not a number")
+    if not abs(number) <= LARGEST:  # NaN as well
+        raise DecodeError(f"{keyword} is not a number", advice="look at the sender: it writes a damaged header")
     return number
 
 

@@ -5,6 +5,7 @@ Never opens DICOM, never logs, never guesses what it cannot know: it refuses wit
 Source: rescale PS3.3 C.11.1, MONOCHROME1 PS3.3 C.7.6.3.1.2. Axes: Z slice, Y row, X column; S, H, W the same after preparing.
 """
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -16,6 +17,8 @@ from models.spec import InputSpec
 
 MIN_SIDE_PX = 16  # smaller images are localisers' thumbnails or test objects; nothing can be read in them
 MIN_RANGE = 1e-6
+MIN_SPACING_MM, MAX_SPACING_MM = 1e-3, 1e3  # what no scanner goes beyond
+MAX_ASPECT = 16.0  # of height and width in mm; a whole leg has 4
 _PERCENTILES = (0.5, 99.5)  # of the resized slices, so that a hot pixel does not set the scale
 
 
@@ -76,17 +79,20 @@ def rescale(
     bits_stored: int,
     is_signed: bool = False,
     monochrome1: bool = False,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Stored values to modality units, float32; MONOCHROME1 is inverted within the range of bits_stored first.
+    """Stored values to modality units, float32, in `out` where given; MONOCHROME1 is inverted within bits_stored first.
 
     Source: PS3.3 C.11.1.1.2 (rescale), C.7.6.3.1.2 (photometric interpretation).
     """
-    values = stored.astype(np.float32)
+    values = np.empty(stored.shape, np.float32) if out is None else out
+    values[...] = stored
     if monochrome1:
-        values = np.float32(inversion_sum(bits_stored, is_signed)) - values
-    if slope == 1.0 and intercept == 0.0:
-        return values
-    return values * np.float32(slope) + np.float32(intercept)
+        np.subtract(np.float32(inversion_sum(bits_stored, is_signed)), values, out=values)
+    if slope != 1.0 or intercept != 0.0:
+        values *= np.float32(slope)
+        values += np.float32(intercept)
+    return values
 
 
 def inversion_sum(bits_stored: int, is_signed: bool) -> int:
@@ -105,12 +111,26 @@ def check(volume: Volume, spec: InputSpec) -> None:
         )
     if voxels_ZYX.shape[0] == 0 or min(voxels_ZYX.shape[1:]) < MIN_SIDE_PX:
         raise VolumeError(f"images of {voxels_ZYX.shape[1]} x {voxels_ZYX.shape[2]} pixels are too small to be read")
-    if not np.isfinite(voxels_ZYX).all():
+    low, high = float(voxels_ZYX.min()), float(voxels_ZYX.max())  # NaN where a voxel is; no array of their size
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise VolumeError("the volume holds NaN or infinite values", advice="look at its rescale slope and intercept")
-    if not all(np.isfinite(mm) and mm > 0 for mm in volume.spacing_mm):
-        raise VolumeError(f"spacing must be positive, it is {volume.spacing_mm}")
-    if float(np.ptp(voxels_ZYX)) < MIN_RANGE:
-        raise VolumeError("every voxel has the same value: there is no image")
+    if high - low < MIN_RANGE:
+        raise VolumeError("every voxel has the same value: there is no image", advice="look at the detector")
+    _check_spacing(volume)
+
+
+def _check_spacing(volume: Volume) -> None:
+    if not all(MIN_SPACING_MM <= mm <= MAX_SPACING_MM for mm in volume.spacing_mm):  # NaN as well
+        raise VolumeError(
+            f"spacing must be {MIN_SPACING_MM} to {MAX_SPACING_MM} mm, it is {volume.spacing_mm}",
+            advice="look at the sender: no scanner has such pixels",
+        )
+    height_mm, width_mm = (n * mm for n, mm in zip(volume.voxels_ZYX.shape[1:], volume.spacing_mm[1:], strict=True))
+    if max(height_mm, width_mm) > MAX_ASPECT * min(height_mm, width_mm):
+        raise VolumeError(
+            f"images of {height_mm:.4g} x {width_mm:.4g} mm are strips in which nothing can be read",
+            advice="look at their pixel spacing",
+        )
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import RLELossless, generate_uid
 
-from edge_agent import decode
+from edge_agent import decode, pixels
 from edge_agent.decode import DecodeError, NotForUsError
 from tests.edge_agent.dicom_support import SHARED_DICOM, ct_slice, write
 
@@ -49,7 +49,7 @@ GREY = [
 @pytest.mark.parametrize("row", GREY, ids=[row["file"] for row in GREY])
 def test_stored_values_equal_the_manifest(row: dict[str, str]) -> None:
     ds = dcmread(SHARED_DICOM / row["file"])
-    frames = decode.stored_frames(ds, range(int(row["frames"])))
+    frames = pixels.stored_frames(ds, range(int(row["frames"])))
     stored = np.stack(frames) if len(frames) > 1 else frames[0]
     as_listed = np.ascontiguousarray(stored, dtype=row["pixel_dtype_shape"].split()[0])
     assert np.array_equal(as_listed, stored)
@@ -59,8 +59,8 @@ def test_stored_values_equal_the_manifest(row: dict[str, str]) -> None:
 @needs_shared
 @pytest.mark.parametrize("name", ["pyd_JPGExtended.dcm", "pyd_JPEG-lossy.dcm"])
 def test_twelve_bit_jpeg_is_close_to_the_lossless_copy_of_the_same_image(name: str) -> None:
-    (lossy_YX,) = decode.stored_frames(dcmread(SHARED_DICOM / name), [0])
-    (lossless_YX,) = decode.stored_frames(dcmread(SHARED_DICOM / "pyd_JPEG-LL.dcm"), [0])
+    (lossy_YX,) = pixels.stored_frames(dcmread(SHARED_DICOM / name), [0])
+    (lossless_YX,) = pixels.stored_frames(dcmread(SHARED_DICOM / "pyd_JPEG-LL.dcm"), [0])
     difference = np.abs(lossy_YX.astype(float) - lossless_YX)
     assert difference.mean() < 3.0  # of values up to 278; lossy JPEG 2000 of the same image differs by 4.2
     assert np.corrcoef(lossy_YX.ravel(), lossless_YX.ravel())[0, 1] > 0.98
@@ -120,7 +120,7 @@ def test_the_frames_of_an_enhanced_mr_are_sources_with_numbers() -> None:
 @needs_shared
 def test_monochrome1_is_bright_where_the_bone_is() -> None:
     path = SHARED_DICOM / "pyd_RG3_J2KR.dcm"
-    (stored_YX,) = decode.stored_frames(dcmread(path), [0])
+    (stored_YX,) = pixels.stored_frames(dcmread(path), [0])
     volume = decode.to_volume([path]).volume
     assert volume.modality == "XR"
     assert np.array_equal(volume.voxels_ZYX[0], 1023.0 - stored_YX)

@@ -122,7 +122,28 @@ def test_another_modality_is_refused() -> None:
         prepare(volume(ramp(), "MR"), WINDOW)
 
 
-@pytest.mark.parametrize("spacing_mm", [(1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, np.nan, 1.0)])
+@pytest.mark.parametrize(
+    "spacing_mm",
+    [
+        (1.0, 0.0, 1.0),
+        (1.0, -1.0, 1.0),
+        (1.0, np.nan, 1.0),
+        (1.0, np.inf, np.inf),
+        (1.0, 5e-324, 5e-324),
+        (1, 1, 1e308),
+    ],
+)
 def test_impossible_spacing_is_refused(spacing_mm: tuple[float, float, float]) -> None:
     with pytest.raises(VolumeError, match="spacing"):
         prepare(volume(ramp(), spacing_mm=spacing_mm), WINDOW)
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 0.04, 1.0), (1.0, 1.0, 0.04)])
+def test_a_strip_in_which_nothing_can_be_read_is_refused(spacing_mm: tuple[float, float, float]) -> None:
+    with pytest.raises(VolumeError, match="strips"):
+        prepare(volume(ramp(), spacing_mm=spacing_mm), WINDOW)
+
+
+def test_a_whole_leg_is_read() -> None:
+    box = prepare(volume(ramp(1, 320, 64)), WINDOW).letterbox
+    assert (box.height, box.width) == (32, 6)
