@@ -2,31 +2,32 @@
 
 Reads nothing but seeds; writes one bundle file.
 Never runs on a box. Every figure in the model card is measured here, on phantoms of seeds never trained on.
-Source: calibration as in models.calibration; out-of-distribution score as Lee 2018 (class means, shared covariance).
+What follows the training is models.laboratory.
 """
 
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from msgspec import structs
 
-from models import calibration, drift
 from models.augment import SITE
-from models.bundle import INPUT_NAMES, Array, BundleParts, write_bundle
+from models.bundle import INPUT_NAMES
 from models.examples import LESION_SIDE, Example, batches
-from models.export import OPSET, other_batch, parity, run_torch, to_onnx
+from models.export import OPSET, run_torch
 from models.fitting import Progress, TrainingPlan, train
-from models.network import FAR, NANO, Hybrid
+from models.laboratory import calibrated, reading, write
+from models.laboratory import calibrated_task as calibrated_task  # with the next: benchmarks.network.shift
+from models.laboratory import fit_ood as fit_ood
+from models.network import NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
-from models.predicting import Predicted, looks, predict
+from models.predicting import predict
 from models.preprocess import Volume, prepare
-from models.restore import load_weights, new_network, weights_of
+from models.restore import new_network
 from models.spec import MODALITIES, InputSpec, Manifest, TaskSpec
 from models.tasks import INPUTS, TASKS
 
@@ -34,8 +35,6 @@ NAME, VERSION = "phantom-tiny", "1"
 PHANTOMS_PER_LABEL = {"XR": 900, "CT": 700, "MR": 400}  # an X-ray is one slice: cheap
 HELD_BACK_PER_LABEL = 100  # for calibration, and again for each measured look
 CALIBRATION_SEED, TEST_SEED = 10_000_000, 20_000_000  # training counts up from the plan's seed
-OOD_SHRINKAGE = 0.1
-OOD_QUANTILE, OOD_TOLERANCE = 0.99, 2.5  # other scanners are not another organ
 PLAN = TrainingPlan(
     epochs=8,
     learning_rate=1.5e-3,
@@ -47,17 +46,7 @@ PLAN = TrainingPlan(
     label_smoothing=0.02,
     most_slices=3,
 )
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How one task's phantoms of one look were read."""
-
-    accuracy: float
-    balanced_accuracy: float
-    calibration_error: float
-    answered: float  # share with exactly one label in the conformal set and in distribution
-    accuracy_answered: float
+_DRAFT = Manifest(1, NAME, VERSION, NANO, INPUTS, TASKS, ood_threshold=0.0, parameters=0, opset=OPSET, members={})
 
 
 def pretrain(out: Path, seed: int, scale: float, progress: Progress, checkpoint: Path | None = None) -> None:
@@ -71,13 +60,9 @@ def pretrain(out: Path, seed: int, scale: float, progress: Progress, checkpoint:
     network = new_network(NANO, TASKS, INPUTS, seed)
     train(network, examples, replace(PLAN, seed=seed), progress, checkpoint=checkpoint)
     fit_ood(network, examples[:: max(1, len(examples) // 1500)])
-    manifest = calibrated(network, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
-    known = known_inputs()
-    onnx = to_onnx(network)
-    difference = parity(network, onnx, [known, other_batch(known)])
-    weights = weights_of(network)
-    card = model_card(network, manifest, f"{len(examples)} phantoms, {PLAN.epochs} epochs, seed {seed}", difference)
-    digest = write_bundle(out, BundleParts(manifest, onnx, weights, known, run_torch(network, known), card))
+    manifest = calibrated(network, _DRAFT, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
+    trained_on = f"{len(examples)} phantoms, {PLAN.epochs} epochs, seed {seed}"
+    digest = write(out, network, manifest, lambda difference: model_card(network, manifest, trained_on, difference))
     print(json.dumps({"digest": digest, "bytes": out.stat().st_size, "seconds": time.monotonic() - started}))
 
 
@@ -105,82 +90,6 @@ def example_of(drawn: Phantom, task: TaskSpec, label: int) -> Example:
 
 def input_of(modality: str) -> InputSpec:
     return next(spec for spec in INPUTS if spec.modality == modality)
-
-
-def fit_ood(network: Hybrid, examples: Sequence[Example]) -> None:
-    """Freeze what an image looks like; class means and the inverse root of their shared covariance, into the buffers."""
-    network.freeze_look()
-    look_ND, label_N = looks(network, examples)
-    mean_KD = np.full((network.head.out_features, look_ND.shape[1]), FAR)  # a label without examples is near nothing
-    for k in np.unique(label_N):
-        mean_KD[k] = look_ND[label_N == k].mean(0, np.float64)
-    residual_ND = look_ND - mean_KD[label_N]
-    scale_D = residual_ND.std(0) + 1e-6
-    correlation_DD = (residual_ND / scale_D).T @ (residual_ND / scale_D) / len(residual_ND)
-    shrunk_DD = (1 - OOD_SHRINKAGE) * correlation_DD + OOD_SHRINKAGE * np.eye(len(scale_D))
-    values_D, vectors_DD = np.linalg.eigh(shrunk_DD)
-    whiten_DD = (vectors_DD / np.sqrt(values_D)) @ vectors_DD.T / scale_D[:, None]
-    statistics = {"ood_mean_KD": mean_KD.astype(np.float32), "ood_whiten_DD": whiten_DD.astype(np.float32)}
-    load_weights(network, weights_of(network) | statistics)
-
-
-def calibrated(network: Hybrid, held_back: Sequence[Example]) -> Manifest:
-    """The manifest with each task's temperature and threshold and the ood threshold, fitted on phantoms held back."""
-    seen = predict(network, held_back)
-    ood_N = np.concatenate([predicted.ood_N for predicted in seen.values()])
-    return Manifest(
-        format=1,
-        name=NAME,
-        version=VERSION,
-        network=NANO,
-        inputs=INPUTS,
-        tasks=tuple(calibrated_task(task, seen[task.name]) for task in TASKS),
-        ood_threshold=round(float(np.quantile(ood_N, OOD_QUANTILE)) * OOD_TOLERANCE, 4),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        opset=OPSET,
-        members={},
-    )
-
-
-def calibrated_task(task: TaskSpec, seen: Predicted) -> TaskSpec:
-    temperature = round(calibration.fit_temperature(seen.logits_NK, seen.truth_N), 4)
-    probabilities_NK = calibration.softmax(seen.logits_NK, temperature)
-    threshold = calibration.conformal_threshold(probabilities_NK, seen.truth_N)
-    reference = drift.reference(seen.logits_NK, seen.ood_N, temperature)
-    return structs.replace(task, temperature=temperature, conformal_threshold=threshold, reference=reference)
-
-
-def reading(network: Hybrid, manifest: Manifest, task: TaskSpec, examples: Sequence[Example]) -> Reading:
-    """Measure one task on its examples with the manifest's calibration."""
-    seen = predict(network, [example for example in examples if example.task.name == task.name])[task.name]
-    probabilities_NK, truth_N = calibration.softmax(seen.logits_NK, task.temperature), seen.truth_N
-    single_N = (probabilities_NK >= task.conformal_threshold).sum(1) == 1
-    answered_N = single_N & (seen.ood_N <= manifest.ood_threshold)
-    right_N = probabilities_NK.argmax(1) == truth_N
-    return Reading(
-        calibration.accuracy(probabilities_NK, truth_N),
-        calibration.balanced_accuracy(probabilities_NK, truth_N),
-        calibration.expected_calibration_error(probabilities_NK, truth_N),
-        float(answered_N.mean()),
-        float(right_N[answered_N].mean()) if answered_N.any() else 0.0,
-    )
-
-
-def known_inputs() -> dict[str, Array]:
-    """A batch of one phantom of each modality, four slices long; the X-ray is padded."""
-    slices_BSHW = np.zeros((len(MODALITIES), 4, INPUTS[0].size, INPUTS[0].size), np.float32)
-    mask_BS = np.zeros((len(MODALITIES), 4), bool)
-    for b, modality in enumerate(MODALITIES):
-        drawn = phantom(modality, LABELS[modality][1], TEST_SEED + 999_999)
-        slices_SHW = prepare(drawn.volume, input_of(modality)).slices_SHW
-        slices_SHW = slices_SHW[2:6] if len(slices_SHW) > 4 else slices_SHW
-        slices_BSHW[b, : len(slices_SHW)] = slices_SHW
-        mask_BS[b, : len(slices_SHW)] = True
-    return {
-        "slices_BSHW": slices_BSHW,
-        "slice_mask_BS": mask_BS,
-        "modality_B": np.arange(len(MODALITIES), dtype=np.int64),
-    }
 
 
 def strangers(modality: str, count: int) -> list[Example]:

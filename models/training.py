@@ -1,6 +1,6 @@
-"""Training: `python -m models.training pretrain …` in the laboratory, `… finetune …` on a box.
+"""Training: `python -m models.training pretrain …` or `… images …` in the laboratory, `… finetune …` on a box.
 
-Reads a bundle and an example folder; writes weights.safetensors and report.json, progress as JSON lines on stdout.
+Reads a bundle and an example folder; writes weights.safetensors and report.json, progress as models.progress shows it.
 Never runs inside the box's main process; never writes anything but weights and counts, the report last.
 Axes as in models.network.
 """
@@ -19,12 +19,14 @@ import torch
 from safetensors import numpy as safetensors_numpy
 from torch import distributed
 
+from models import progress
 from models.augment import SITE
 from models.bundle import Bundle, read_bundle, write_durably
 from models.delta import Trainable
 from models.errors import ModelError, VolumeError
 from models.examples import read_examples
 from models.fitting import TrainingPlan, train
+from models.network import BASE, NANO, SMALL, TINY
 from models.parallel import ALONE, Parallel, joined
 from models.predicting import correct
 from models.privacy import Privacy
@@ -46,7 +48,8 @@ def finetune(
         raise VolumeError("there is no example to train on", advice="review studies first")
     network = network_of(bundle)
     before = correct(network, heldout) if parallel.is_first else 0
-    fitted = train(network, training, plan, _print_progress, heldout=heldout, checkpoint=checkpoint, parallel=parallel)
+    with progress.shown(plan.epochs, parallel.is_first) as told:
+        fitted = train(network, training, plan, told, heldout=heldout, checkpoint=checkpoint, parallel=parallel)
     if not parallel.is_first:
         return
     report = {
@@ -67,10 +70,6 @@ def finetune(
     write_durably(out / "report.json", json.dumps(report, indent=1).encode())
 
 
-def _print_progress(epoch: int, loss: float | None) -> None:
-    print(json.dumps({"epoch": epoch} | ({} if loss is None else {"loss": round(loss, 5)})), flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -82,7 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             if distributed.is_torchelastic_launched():
                 raise ModelError("pretrain runs in one process", advice="start it without torchrun")
-            pretraining.pretrain(options.out, options.seed, options.scale, _print_progress, options.resume)
+            with progress.shown(pretraining.PLAN.epochs) as told:
+                pretraining.pretrain(options.out, options.seed, options.scale, told, options.resume)
+        elif options.action == "images":
+            _train_images(options)
         else:
             plan = _plan(options)
             with joined(options.device) as parallel:
@@ -91,6 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"error": str(error), "advice": error.advice}), file=sys.stderr)
         return 1
     return 0
+
+
+def _train_images(options: argparse.Namespace) -> None:
+    from models import archive_training  # of the laboratory, as pretraining is
+
+    if distributed.is_torchelastic_launched():
+        raise ModelError("images runs in one process", advice="start it without torchrun")
+    course = archive_training.Course(options.network, options.size, options.budget_minutes * 60, options.seed)
+    with progress.shown(archive_training.PLAN.epochs) as told:
+        archive_training.train_images(options.tasks, options.data, options.out, course, told, options.resume)
 
 
 def _plan(options: argparse.Namespace) -> TrainingPlan:
@@ -135,21 +147,41 @@ def _parser() -> argparse.ArgumentParser:
     finetune_ = actions.add_parser(
         "finetune",
         help="train a bundle's weights on a box's reviewed examples",
-        description="Train a bundle's weights on reviewed examples. Prints one JSON line for each epoch; an error is one "
-        "JSON line on stderr with what to do, and exit status 1. Several processes train as one under torchrun, with "
-        "the gradients of one process: torchrun --nproc-per-node 2 -m models.training finetune …",
+        description="Train a bundle's weights on reviewed examples. Prints one JSON line for each epoch, and shows a bar on "
+        "stderr where that is a terminal; an error is one JSON line on stderr with what to do, and exit status 1. Several "
+        "processes train as one under torchrun, with the gradients of one process: "
+        "torchrun --nproc-per-node 2 -m models.training finetune …",
     )
     pretrain.add_argument("--out", type=Path, required=True, help="the bundle file to write")
     pretrain.add_argument("--scale", type=_positive, default=1.0, help="share of the full number of phantoms (1)")
+    images = actions.add_parser(
+        "images",
+        help="train a bundle on archives of labelled images",
+        description="Train on the archives that a task file names, calibrate on a part held back, measure on the split "
+        "'val', and write a bundle with its model card. models/bundles/chest-small.toml is a task file.",
+    )
+    _add_images(images)
     _add_files(finetune_)
     _add_course(finetune_)
     _add_scope(finetune_)
     _add_privacy(finetune_)
     _add_machine(pretrain)
+    _add_machine(images)
     machine = _add_machine(finetune_)
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="auto: a GPU if there is one")
     machine.add_argument("--bfloat16", action="store_true", help="mixed precision; faster on GPUs, slower on most CPUs")
     return parser
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="the TOML file that names the tasks")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds the archives (.npz)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bundle file to write")
+    parser.add_argument("--network", choices=(NANO, TINY, SMALL, BASE), default=SMALL, help=f"its size ({SMALL})")
+    parser.add_argument("--size", type=_count, default=96, help="side of the network's input, in pixels (96)")
+    parser.add_argument(
+        "--budget-minutes", type=_positive, required=True, metavar="M", help="CPU time of each thread for the training"
+    )
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:

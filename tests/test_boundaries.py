@@ -15,6 +15,7 @@ FORBIDDEN = {
 }
 # Programs of their own; nothing that runs inside the daemons may import them.
 TORCH_MODULES = {
+    *("models.archive_card", "models.archive_training", "models.laboratory"),
     *("models.augment", "models.export", "models.fitting", "models.lowrank", "models.monai_bundle", "models.network"),
     *(
         "models.objective",

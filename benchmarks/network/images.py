@@ -5,20 +5,19 @@ Never splits at random: neighbouring slices and images of one patient stay on on
 Axes: N images, H W pixels.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.archives import calibration_part
 from models.errors import VolumeError
 from models.examples import Example
 from models.preprocess import Volume, prepare
 from models.spec import Code, InputSpec, Label, TaskSpec
 
 FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-CALIBRATION_SHARE = 0.15  # of the training split; never of the validation split
 OTHER_HOSPITAL = "ieee8023-covid-chestxray"
 
 
@@ -68,7 +67,7 @@ def collection(name: str, size: int, *, offset: int = 0, keep_apart: str = "") -
     spec = InputSpec(task.modality, size=size, max_slices=1, normalisation="percentile")
     examples = [_example(image_HW, task, spec, int(k)) for image_HW, k in zip(images_NHW, label_N, strict=True)]
     ours_N = source_N != keep_apart
-    calibration_N = _calibration(label_N, group_N, (split_N == "train") & ours_N)
+    calibration_N = calibration_part(label_N, group_N, (split_N == "train") & ours_N)
     training_N = (split_N == "train") & ours_N & ~calibration_N
 
     def chosen(which_N: NDArray[np.bool_]) -> list[Example]:
@@ -99,18 +98,3 @@ def _example(image_HW: NDArray[np.uint8], task: TaskSpec, spec: InputSpec, label
         return Example(prepare(volume, spec).slices_SHW.astype(np.float16), task, label)
     except VolumeError as error:
         raise ValueError(f"an image of {task.name} cannot be prepared: {error}") from error
-
-
-def _calibration(
-    label_N: NDArray[np.int64], group_N: NDArray[np.generic], among_N: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """The last share of each label in file order (neighbours lie together), with all that shares a group with it."""
-    picked_N = np.zeros(len(label_N), bool)
-    for run_N in _runs(label_N, among_N):
-        picked_N[run_N[int(len(run_N) * (1 - CALIBRATION_SHARE)) :]] = True
-    return np.isin(group_N, group_N[picked_N]) & among_N
-
-
-def _runs(label_N: NDArray[np.int64], among_N: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
-    for k in np.unique(label_N[among_N]):
-        yield np.flatnonzero((label_N == k) & among_N)

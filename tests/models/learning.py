@@ -47,12 +47,12 @@ def write_fresh_bundle(path: Path) -> Path:
     """A whole bundle, in seconds."""
     from models.bundle import BundleParts, write_bundle
     from models.export import OPSET, run_torch, to_onnx
-    from models.pretraining import known_inputs
+    from models.laboratory import known_inputs
     from models.restore import weights_of
     from models.spec import Manifest
 
     network = fresh().eval()
-    known = known_inputs()
+    known = known_inputs(INPUTS)
     manifest = Manifest(1, "fresh", "1", NETWORK, INPUTS, TASKS, 1.0, 1, OPSET, {})
     parts = BundleParts(manifest, to_onnx(network), weights_of(network), known, run_torch(network, known), "fresh")
     write_bundle(path, parts)

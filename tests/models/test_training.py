@@ -188,7 +188,7 @@ def test_an_option_out_of_range_is_refused(
     assert f"argument {wrong[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("action", ["pretrain", "finetune"])
+@pytest.mark.parametrize("action", ["pretrain", "images", "finetune"])
 def test_the_help_explains_every_option(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     from models.training import _parser
 
