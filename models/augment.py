@@ -32,8 +32,8 @@ class Augmentation:
 NONE = Augmentation()
 SITE = Augmentation(mirror=True, shift=0.08, gain=0.05, offset=0.03)  # few examples of one scanner
 RADIOGRAPH = Augmentation(
-    mirror=True, rotate_deg=12.0, scale=0.15, shift=0.1, gamma=0.3, gain=0.1, offset=0.05, noise=0.02, erase=0.25
-)
+    mirror=True, rotate_deg=5.0, scale=0.08, shift=0.05, gamma=0.1, gain=0.05, offset=0.02
+)  # more than this, and minutes of training end before anything is learned
 
 
 def augmented(batch: Batch, by: Augmentation, generator: torch.Generator) -> Batch:

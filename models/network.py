@@ -102,6 +102,7 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         self.join = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, features))
         self.gate = nn.Conv2d(features, config.attention_heads, 1)
         self.head = nn.Linear(features, len(config.label_modality))
+        initialise(self)
         self.attention_heads, self.input_px = config.attention_heads, config.input_px
         labels, look = len(config.label_modality), 2 * second
         self.ood_stages = copy.deepcopy(self.texture_stages())
@@ -258,6 +259,23 @@ def _over_places(context: nn.Module, x_NDhw: Tensor) -> Tensor:
     """Each place as one token."""
     features, h, w = x_NDhw.shape[1:]
     return context(x_NDhw.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(-1, features, h, w)
+
+
+def initialise(network: nn.Module) -> None:
+    """Convolutions keep the variance of what passes through them (torch's default lets a third of it through), and each
+    transformer block starts as the identity: an untrained attention mixes places before it knows which.
+
+    Source: He 2015 (by the fan out where a convolution shrinks); Bachlechner 2020 (ReZero).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            shrinks = module.stride != (1, 1)
+            nn.init.kaiming_normal_(module.weight, mode="fan_out" if shrinks else "fan_in", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, _TransformerBlock):
+            for layer in (module.project, module.mlp.narrow):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
 
 def _norm(width: int) -> nn.GroupNorm:

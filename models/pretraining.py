@@ -20,9 +20,7 @@ from models.bundle import INPUT_NAMES
 from models.examples import LESION_SIDE, Example, batches
 from models.export import OPSET, run_torch
 from models.fitting import Progress, TrainingPlan, train
-from models.laboratory import calibrated, reading, write
-from models.laboratory import calibrated_task as calibrated_task  # with the next: benchmarks.network.shift
-from models.laboratory import fit_ood as fit_ood
+from models.laboratory import calibrated, fit_ood, reading, write
 from models.network import NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
 from models.predicting import predict

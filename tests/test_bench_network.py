@@ -1,38 +1,12 @@
-"""The network's bench: its scores against known values, its rivals' sizes, its rows, its splits. Not its figures."""
+"""The network's bench: its rivals' sizes, its rows, its splits. Not its figures."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks.network import images, results, scores
+from benchmarks.network import images, results
 from models.spec import MODALITIES
 from models.tasks import INPUTS, TASKS
-
-
-def test_auc_of_known_scores() -> None:
-    positive_N = np.array([False, False, True, True])
-    assert scores.auc(np.array([0.1, 0.4, 0.35, 0.8]), positive_N) == 0.75
-    assert scores.auc(np.array([1.0, 2.0, 3.0, 4.0]), positive_N) == 1.0
-    assert scores.auc(np.zeros(4), positive_N) == 0.5  # ties count half
-
-
-def test_interval_holds_its_value_and_narrows_with_more_cases() -> None:
-    def width(cases: int) -> float:
-        truth_N = np.arange(cases) % 2
-        right_N = np.arange(cases) % 5 > 0
-        probabilities_NK = np.eye(2)[np.where(right_N, truth_N, 1 - truth_N)]
-        value, low, high = scores.interval(scores.SCORES["accuracy"], probabilities_NK, truth_N)
-        assert low <= value <= high
-        assert value == pytest.approx(right_N.mean())
-        return high - low
-
-    assert width(1000) < width(50)
-
-
-def test_coverage_counts_the_true_label_alone() -> None:
-    probabilities_NK = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
-    assert scores.coverage(probabilities_NK, np.array([0, 1, 1]), 0.5) == pytest.approx(2 / 3)
 
 
 def test_a_row_is_measured_once_and_anew_for_other_settings(tmp_path: Path) -> None:

@@ -9,30 +9,20 @@ from functools import partial
 
 import torch
 
-from benchmarks.network import images, scores
+from benchmarks.network import images
 from benchmarks.network.images import Collection
 from benchmarks.network.results import Results, Row
 from benchmarks.network.rivals import NETWORKS, MissingError
-from models import calibration
-from models.augment import RADIOGRAPH
+from models import calibration, scores
+from models.archive_training import PLAN
 from models.calibration import ALPHA
 from models.examples import Example
-from models.fitting import TrainingPlan, train
+from models.fitting import train
 from models.network import TINY, Hybrid, config_of
 from models.predicting import Predicted, predict
 
 SIZES_PX = {"pneumonia": 64, "covid": 96, "ct": 96, "mri": 96}
 FLOORS = {"pneumonia": 0.964, "covid": 0.845, "ct": 0.787, "mri": 0.844}  # a four-layer CNN; the data's README
-PLAN = TrainingPlan(
-    epochs=10_000,
-    learning_rate=1e-3,
-    batch=32,
-    seed=0,
-    weight_decay=0.05,
-    augmentation=RADIOGRAPH,
-    label_smoothing=0.05,
-    averaging=0.995,
-)
 
 
 @dataclass(frozen=True)

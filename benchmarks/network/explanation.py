@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.network import accuracy, images
 from benchmarks.network.results import Results, Row
 from models import calibration, pretraining
+from models.archive_training import PLAN
 from models.bundle import OUTPUT_NAMES, SHIPPED, read_bundle
 from models.examples import Example
 from models.fitting import train
@@ -59,7 +60,7 @@ def _pointing() -> Row:
 def _faithfulness(name: str, budget_s: float, cases: int) -> Row:
     collection = images.collection(name, accuracy.SIZES_PX[name])
     network = accuracy.new("hybrid", collection, 0)
-    train(network, collection.training, replace(accuracy.PLAN, budget_s=budget_s), lambda epoch, loss: None)
+    train(network, collection.training, replace(PLAN, budget_s=budget_s), lambda epoch, loss: None)
     some = collection.validation[:: max(1, len(collection.validation) // cases)]
     row: Row = {"judged": len(some)}
     for method, map_of in (("ours", _own_map), ("grad_cam", grad_cam), ("random", _random_map)):

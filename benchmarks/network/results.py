@@ -7,7 +7,8 @@ Never reuses a row of other settings or other code: both are part of its name.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,17 @@ class Results:
 
 
 def code_digest() -> str:
-    """Of everything that a figure depends on: the models package and this one."""
-    here = Path(__file__).resolve().parent
+    """Of the code that figures depend on: what is loaded of the models package and of this one."""
     digest = hashlib.sha256()
-    for path in _sources(here, here.parents[1] / "models"):
+    for path in _sources("models", __package__):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _sources(*folders: Path) -> Iterable[Path]:
-    return sorted(path for folder in folders for path in folder.glob("*.py"))
+def _sources(*packages: str) -> list[Path]:
+    files = (
+        module.__file__
+        for name, module in sys.modules.items()
+        if f"{name}.".startswith(tuple(f"{each}." for each in packages))
+    )
+    return sorted(Path(file) for file in files if file)

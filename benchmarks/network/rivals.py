@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.network import Attended, Hybrid, HybridConfig, _ConvBlock, _TransformerBlock
+from models.network import Attended, Hybrid, HybridConfig, _ConvBlock, _TransformerBlock, initialise
 
 PATCH_PX = 8
 
@@ -30,6 +30,7 @@ def convolution_only(config: HybridConfig) -> Hybrid:
     network.context = _convolutions(network.context, config.widths[2])
     if network.wider is not None:
         network.wider.context = _convolutions(network.wider.context, config.widths[3])
+    initialise(network)
     return network
 
 
@@ -47,6 +48,7 @@ def transformer_only(config: HybridConfig) -> Hybrid:
         *network.context,
         *(_TransformerBlock(config.widths[2], config.attention_heads, config.mlp_ratio) for _ in range(more)),
     )
+    initialise(network)
     return network
 
 

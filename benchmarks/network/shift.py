@@ -10,17 +10,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from benchmarks.network import accuracy, images, scores
+from benchmarks.network import images
 from benchmarks.network.results import Results, Row
-from models import adaptive, calibration
+from models import adaptive, calibration, scores
+from models.archive_training import PLAN
 from models.fitting import TrainingPlan, train
+from models.laboratory import calibrated_task, fit_ood
 from models.network import TINY, Hybrid, config_of
 from models.predicting import predict
-from models.pretraining import calibrated_task, fit_ood
 
 SIZE_PX = 96
 REVIEWED = 50  # cases after which coverage must be back
-FINETUNE = TrainingPlan(epochs=15, learning_rate=5e-4, batch=8, seed=0, augmentation=accuracy.PLAN.augmentation)
+FINETUNE = TrainingPlan(epochs=15, learning_rate=5e-4, batch=8, seed=0, augmentation=PLAN.augmentation)
 
 
 def rows(results: Results, budget_s: float) -> list[Row]:
@@ -32,7 +33,7 @@ def _row(budget_s: float) -> Row:
     collection = images.collection("covid", SIZE_PX, keep_apart=images.OTHER_HOSPITAL)
     torch.manual_seed(0)
     network = Hybrid(config_of(TINY, [collection.task], [collection.spec]))
-    train(network, collection.training, replace(accuracy.PLAN, budget_s=budget_s), lambda epoch, loss: None)
+    train(network, collection.training, replace(PLAN, budget_s=budget_s), lambda epoch, loss: None)
     fit_ood(network, collection.training)
     task = calibrated_task(collection.task, predict(network, collection.calibration)[collection.task.name])
     home = predict(network, collection.validation)[task.name]

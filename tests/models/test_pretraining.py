@@ -9,14 +9,14 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_label_without_examples_is_near_nothing() -> None:
-    from models import pretraining
+    from models import laboratory, pretraining
     from models.network import FAR
     from models.predicting import predict
     from models.restore import new_network
 
     network = new_network("hybrid-nano", TASKS, INPUTS, seed=0)
     seen = [e for e in pretraining.phantom_examples("XR", 4, 0, BASE) if e.label < 2]
-    pretraining.fit_ood(network, seen)
+    laboratory.fit_ood(network, seen)
     assert network.ood_mean_KD.shape[0] == sum(len(task.labels) for task in TASKS)
     assert predict(network, seen)["chest-xray"].ood_N.max() < 10.0
     stranger = list(pretraining.phantom_examples("CT", 1, 0, BASE))
