@@ -28,6 +28,7 @@ from safetensors import numpy as safetensors_numpy
 
 from edge_agent import decode, instances
 from edge_agent.config import Learning
+from edge_agent.evaluation import Evaluation
 from fleet_link.errors import SiteError
 from fleet_link.files import write_durably
 from fleet_link.messages import RoundPlan
@@ -82,9 +83,8 @@ class Report(msgspec.Struct, frozen=True):
     peak_rss_bytes: int
 
     @property
-    def is_worse(self) -> bool:
-        """Fewer held-out reviews right than before; without any, nothing is judged."""
-        return self.heldout_correct_after < self.heldout_correct_before
+    def evaluation(self) -> Evaluation:
+        return Evaluation(self.heldout, self.heldout_correct_before, self.heldout_correct_after)
 
 
 class _ChildError(msgspec.Struct, frozen=True):

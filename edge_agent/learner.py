@@ -17,8 +17,8 @@ from edge_agent import bundles, database, learn, ledger, policy, replay, update
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.database import transaction
+from edge_agent.evaluation import MAX_HELDOUT
 from edge_agent.ledger import Outcome, Round
-from edge_agent.releases import MAX_HELDOUT
 from edge_agent.rounds import Event, State
 from fleet_link import pki
 from fleet_link.errors import LinkError, SiteError
@@ -164,22 +164,12 @@ class Learner:
 
 
 def _judge(of: Round, report: learn.Report, folder: Path) -> None:
-    """Raises CannotTrainError where the trained weights read this site's held-out reviews worse; they are dropped."""
-    log.info(
-        "round %s: trained in %.1f s, held-out %d -> %d of %d%s",
-        of.round_id,
-        report.seconds,
-        report.heldout_correct_before,
-        report.heldout_correct_after,
-        report.heldout,
-        "" if report.heldout else ": there is none to judge by",
-    )
-    if report.is_worse:
+    """Raises CannotTrainError where the trained weights read this site's held-out reviews clearly worse; they are dropped."""
+    judged = str(report.evaluation) if report.heldout else "there is none to judge by"
+    log.info("round %s: trained in %.1f s; of the held-out reviews: %s", of.round_id, report.seconds, judged)
+    if report.evaluation.is_clearly_worse:
         shutil.rmtree(folder, ignore_errors=True)
-        raise learn.CannotTrainError(
-            f"not sent: {report.heldout_correct_before} right of {report.heldout} held-out reviews before,"
-            f" {report.heldout_correct_after} after"
-        )
+        raise learn.CannotTrainError(f"not sent, clearly worse on this site's held-out reviews: {judged}")
 
 
 def _of_site(error: SiteError | OSError) -> SiteError:

@@ -9,7 +9,6 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -20,6 +19,7 @@ from tuf.ngclient import FetcherInterface, Updater
 from edge_agent import bundles, database, decode, instances, learn, ledger
 from edge_agent.bundles import Active, ActiveBundle
 from edge_agent.config import Config
+from edge_agent.evaluation import MAX_HELDOUT, Evaluation
 from edge_agent.identity import Folder
 from edge_agent.infer import Reader
 from fleet_link.errors import LinkError, SiteError, TrustError
@@ -30,24 +30,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 RETRY_S = 60.0  # after this machine could not open a bundle
-MAX_HELDOUT = 200  # the newest cases; enough to see a difference of a few points
-TOLERATED_CASES = 1
-TOLERATED_POINTS = 5.0
+NOT_JUDGED = Evaluation()
 _ANYWHERE = "https://offered.invalid/"  # the metadata comes with the offer; nothing is ever fetched
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out cases of this site, read by the bundle in use and by the candidate."""
-
-    heldout: int = 0
-    correct_before: int = 0
-    correct_after: int = 0
-
-    @property
-    def is_clearly_worse(self) -> bool:
-        lost = self.correct_before - self.correct_after
-        return lost > TOLERATED_CASES and 100.0 * lost > TOLERATED_POINTS * self.heldout
 
 
 def take_offer(db: sqlite3.Connection, folder: Folder, offer: ReleaseOffer, now: float) -> BundleRequest | None:
@@ -172,7 +156,7 @@ class Installer:
             if reader.bundle.digest != digest:
                 raise BundleError("the file on disk has another digest")
         except BundleError as error:
-            self._refuse(db, row, str(error), Evaluation())
+            self._refuse(db, row, str(error), NOT_JUDGED)
             return
         except SiteError as error:
             self._retry_at[digest] = time.monotonic() + RETRY_S
@@ -190,7 +174,7 @@ class Installer:
             bundles.activate(db, digest, version, self._clock())
             bundles.report(db, _report(version, digest, "activated", "", evaluation), self._clock())
         self._holder.swap(Active(reader, digest, version))
-        log.info("release %d: in use (%s)", version, _figures(evaluation))
+        log.info("release %d: in use (%s)", version, evaluation)
 
     def _refuse(self, db: sqlite3.Connection, row: sqlite3.Row, reason: str, evaluation: Evaluation) -> None:
         digest, version, now = row["bundle_digest"], row["release_version"], self._clock()
@@ -269,7 +253,7 @@ def _too_old(db: sqlite3.Connection, release_version: int) -> str:
 
 
 def _report(
-    version: int, digest: str, outcome: str, reason: str = "", evaluation: Evaluation = Evaluation()
+    version: int, digest: str, outcome: str, reason: str = "", evaluation: Evaluation = NOT_JUDGED
 ) -> ReleaseReport:
     return ReleaseReport(
         message_id=ledger.message_id("release", version, digest, outcome, reason),
@@ -284,11 +268,7 @@ def _report(
 
 
 def _worse(evaluation: Evaluation) -> str:
-    return f"clearly worse on this site's held-out cases: {_figures(evaluation)}"
-
-
-def _figures(evaluation: Evaluation) -> str:
-    return f"{evaluation.correct_before} of {evaluation.heldout} right before, {evaluation.correct_after} after"
+    return f"clearly worse on this site's held-out cases: {evaluation}"
 
 
 def _untrusted(offer: ReleaseOffer, why: str) -> TrustError:

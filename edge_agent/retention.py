@@ -17,8 +17,8 @@ from pathlib import Path
 from edge_agent import database
 from edge_agent.config import Config
 from edge_agent.database import transaction
+from edge_agent.evaluation import MAX_HELDOUT
 from edge_agent.learn import EXAMPLES, NEWEST_REVIEWS
-from edge_agent.releases import MAX_HELDOUT
 from fleet_link.errors import SiteError
 from fleet_link.files import sync_folder
 

@@ -13,9 +13,10 @@ import pytest
 
 from edge_agent import bundles, database, hub_change, identity, invitations, ledger, releases
 from edge_agent.config import Config
+from edge_agent.evaluation import Evaluation
 from edge_agent.infer import Reader
 from edge_agent.ledger import Outcome
-from edge_agent.releases import Evaluation, Installer
+from edge_agent.releases import Installer
 from edge_agent.rounds import Event
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.files import write_durably
