@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def shown(epochs: int, is_first: bool = True) -> "Iterator[fitting.Progress]":
-    """Gives what to tell each epoch (from 1) and its mean loss; None where that is private. Only the first process shows a bar."""
+def shown(epochs: int | None, is_first: bool = True) -> "Iterator[fitting.Progress]":
+    """Gives what to tell each epoch (from 1) and its mean loss; None where that is private.
+
+    `epochs` is None where a budget of time ends the training. Only the first process shows a bar.
+    """
     if not is_first or not sys.stderr.isatty():
         yield _print_line
         return

@@ -101,7 +101,7 @@ def _train_images(options: argparse.Namespace) -> None:
     if distributed.is_torchelastic_launched():
         raise ModelError("images runs in one process", advice="start it without torchrun")
     course = archive_training.Course(options.network, options.size, options.budget_minutes * 60, options.seed)
-    with progress.shown(archive_training.PLAN.epochs) as told:
+    with progress.shown(None) as told:
         archive_training.train_images(options.tasks, options.data, options.out, course, told, options.resume)
 
 

@@ -192,7 +192,7 @@ def test_the_calibration_error_falls_on_a_site_that_is_surer_than_right() -> Non
 @pytest.mark.parametrize("look", ["north", "south"])
 def test_coverage_comes_back_at_other_hospitals(shipped: Bundle, run_shipped: SessionRun, look: str) -> None:
     """The shipped bundle on phantoms of scanners that it never saw: within three points of 0.9 after 50 reviewed cases."""
-    task = shipped.manifest.tasks[0]
+    task = chest_ct(shipped)
     seen = readings(shipped, run_shipped, task, look)
     before, after = mean_coverage([shuffled(seen, seed, 100) for seed in SEEDS], task, slice(50, 100))
     assert before < 0.8
@@ -200,7 +200,7 @@ def test_coverage_comes_back_at_other_hospitals(shipped: Bundle, run_shipped: Se
 
 
 def test_coverage_comes_back_when_the_scanner_is_changed(shipped: Bundle, run_shipped: SessionRun) -> None:
-    task = shipped.manifest.tasks[0]
+    task = chest_ct(shipped)
     own, north = (readings(shipped, run_shipped, task, look) for look in ("base", "north"))
     streams = [joined(shuffled(own, seed, 100), shuffled(north, seed, 100)) for seed in SEEDS]
     before, after = mean_coverage(streams, task, slice(150, 200))
@@ -214,6 +214,11 @@ def test_at_home_it_changes_nothing_to_speak_of(shipped: Bundle, run_shipped: Se
     before, after = mean_coverage([shuffled(own, seed, 100) for seed in SEEDS], task, slice(0, 100))
     assert before >= 0.97
     assert after >= before - 0.02
+
+
+def chest_ct(bundle: Bundle) -> TaskSpec:
+    """The task that other hospitals' scanners disturb most, by the bundle's card."""
+    return next(task for task in bundle.manifest.tasks if task.name == "chest-ct")
 
 
 def shuffled(seen: Readings, seed: int, cases: int) -> Readings:

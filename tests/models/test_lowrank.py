@@ -19,6 +19,9 @@ def trained(trainable: delta.Trainable, **more: Any) -> tuple[delta.Arrays, delt
     from models.restore import weights_of
 
     network = fresh()
+    torch.manual_seed(1)
+    for parameter in network.parameters():  # as if it had learned: fresh transformer blocks let no gradient through
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     before, order = weights_of(network), list(network.state_dict())
     plan = TrainingPlan(2, 1e-2, 4, 0, trainable=trainable, rank=RANK, **more)
     train(network, cases("XR", 2), plan, quiet, heldout=cases("XR", 1, 81_000_000))

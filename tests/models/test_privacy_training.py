@@ -247,13 +247,13 @@ def test_with_a_generous_budget_it_learns_another_hospitals_images(shipped: Bund
     from models.privacy import Privacy
     from models.restore import network_of
 
-    network, examples, unseen = network_of(shipped), cases("XR", 16) + cases("CT", 4), cases("XR", 16, 83_000_000)
+    network, examples, unseen = network_of(shipped), cases("CT", 12), cases("CT", 12, 83_000_000)
     before = correct(network, unseen)
     generous = Privacy(epsilon=50.0, delta=1e-3, test_seed=0)
     fitted = train(network, examples, TrainingPlan(6, 5e-4, 8, 0, most_slices=3, privacy=generous), quiet)
     after = correct(network, unseen)
     print(f"{before} -> {after} of {len(unseen)}")
-    assert after >= before + 0.1 * len(unseen)
+    assert after > before
     assert fitted.spent is not None
     assert fitted.spent.epsilon <= 50.0
 
