@@ -6,12 +6,15 @@ What follows the training is models.laboratory.
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from msgspec import structs
 
 from models.archive_card import Measured, Trained, card
 from models.archives import Archive, Parts, parts_of, read_archive
@@ -20,8 +23,9 @@ from models.errors import ModelError
 from models.examples import Example
 from models.export import OPSET
 from models.fitting import Progress, TrainingPlan, train
-from models.laboratory import calibrated, fit_ood, reading, write
+from models.laboratory import OOD_QUANTILE, calibrated, fit_ood, reading, write
 from models.network import STRIDE, Hybrid
+from models.predicting import predict
 from models.restore import new_network
 from models.spec import Manifest, TaskSpec
 from models.task_file import TaskFile, read_task_file
@@ -38,7 +42,7 @@ PLAN = TrainingPlan(
 )
 MOST_PX = 1024  # as models.spec.InputSpec has it
 STRANGERS = 100  # of each kind, about
-NOISE_SEED = 20_000_000
+CALIBRATION_SEED, TEST_SEED = 10_000_000, 20_000_000  # of noise
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def train_images(
     """
     started = time.monotonic()
     asked = read_task_file(task_file)
+    _check_writable(out)
     draft = _draft(asked, course)
     network = new_network(course.network, draft.tasks, draft.inputs, course.seed)
     archives = [read_archive(folder / source.archive) for source in asked.tasks]
@@ -68,6 +73,7 @@ def train_images(
     fitted = train(network, evened([part.training for part in parts]), plan, progress, checkpoint=checkpoint)
     fit_ood(network, [example for part in parts for example in part.training])
     manifest = calibrated(network, draft, [example for part in parts for example in part.calibration])
+    manifest = fitted_limit(network, manifest, parts)
     measured = [_measured(network, manifest, n, archives, parts) for n in range(len(parts))]
     trained = Trained(task_file.name, course.network, course.size_px, course.seed, fitted.steps, fitted.examples_seen)
     digest = write(out, network, manifest, lambda difference: card(asked, manifest, measured, trained, difference))
@@ -81,9 +87,37 @@ def evened(training: Sequence[Sequence[Example]]) -> list[Example]:
     return [example for examples in training for example in list(examples) * round(most / len(examples))]
 
 
-def noise(task: TaskSpec, size_px: int) -> list[Example]:
-    values_N1HW = np.random.default_rng(NOISE_SEED).uniform(-1.0, 1.0, (STRANGERS, 1, size_px, size_px))
+def fitted_limit(network: Hybrid, manifest: Manifest, parts: Sequence[Parts]) -> Manifest:
+    """The out-of-distribution limit half-way between the tasks' own held-back images and strangers, where these lie apart.
+
+    Strangers are the other tasks' held-back images and noise. Where they do not lie apart the limit lets through what the
+    highest hundredth of the own images allows; the card then says how many strangers are answered.
+    """
+    own, odd = [], []
+    for task, spec, part in zip(manifest.tasks, manifest.inputs, parts, strict=True):
+        strangers = _as_task(task, parts, part, "calibration") + noise(task, spec.size, CALIBRATION_SEED)
+        own.append(predict(network, part.calibration)[task.name].ood_N)
+        odd.append(predict(network, strangers)[task.name].ood_N)
+    highest = float(np.quantile(np.concatenate(own), OOD_QUANTILE))
+    nearest = float(np.quantile(np.concatenate(odd), 1.0 - OOD_QUANTILE))
+    return structs.replace(manifest, ood_threshold=round(max(highest, (highest + nearest) / 2), 4))
+
+
+def noise(task: TaskSpec, size_px: int, seed: int) -> list[Example]:
+    values_N1HW = np.random.default_rng(seed).uniform(-1.0, 1.0, (STRANGERS, 1, size_px, size_px))
     return [Example(values_1HW.astype(np.float16), task, 0) for values_1HW in values_N1HW]
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ModelError: before the training, not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ModelError(f"{out} cannot be written: {error.strerror}", advice="give --out a file of yours") from error
+    if out.is_dir():
+        raise ModelError(f"{out} is a folder", advice="give --out the name of a file")
 
 
 def _draft(asked: TaskFile, course: Course) -> Manifest:
@@ -110,13 +144,20 @@ def _measured(
     network: Hybrid, manifest: Manifest, n: int, archives: Sequence[Archive], parts: Sequence[Parts]
 ) -> Measured:
     task, part = manifest.tasks[n], parts[n]
-    others = [example for other in parts if other is not part for example in other.validation]
-    as_own = [replace(example, task=task, label=0) for example in others[:: max(1, len(others) // STRANGERS)]]
+    as_own = _as_task(task, parts, part, "validation")
     return Measured(
         archives[n],
         training=len(part.training),
         calibration=len(part.calibration),
         read=reading(network, manifest, task, part.validation),
         other_anatomy=reading(network, manifest, task, as_own) if as_own else None,
-        noise=reading(network, manifest, task, noise(task, manifest.inputs[n].size)),
+        noise=reading(network, manifest, task, noise(task, manifest.inputs[n].size, TEST_SEED)),
     )
+
+
+def _as_task(
+    task: TaskSpec, parts: Sequence[Parts], own: Parts, split: Literal["calibration", "validation"]
+) -> list[Example]:
+    """About STRANGERS images of the other tasks, given to this one."""
+    others = [example for other in parts if other is not own for example in getattr(other, split)]
+    return [replace(example, task=task, label=0) for example in others[:: max(1, len(others) // STRANGERS)]]

@@ -6,6 +6,8 @@ Axes: N images, H W pixels.
 """
 
 import hashlib
+import lzma
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,17 @@ from models.task_file import GREY_LEVELS, ArchiveTask
 CALIBRATION_SHARE = 0.15  # of the training split; never of the validation split
 TRAIN, VALIDATION = "train", "val"
 Bools = NDArray[np.bool_]
+# What zipfile and numpy raise on archives that are cut, encrypted, packed in an unknown way or of absurd size.
+_DAMAGED = (
+    BadZipFile,
+    EOFError,
+    KeyError,
+    OverflowError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    lzma.LZMAError,
+)
 _FORM = (
     "an archive holds images (uint8, N x H x W), labels (integers), class_names, split ('train' or 'val'), maybe group"
 )
@@ -107,6 +120,12 @@ def calibration_part(label_N: NDArray[np.int64], group_N: NDArray[np.generic], a
     return np.isin(group_N, group_N[picked_N]) & among_N
 
 
+def repeated(archive: Archive) -> int:
+    """How many images of 'val' are pixel for pixel in 'train' too."""
+    known = {image_HW.tobytes() for image_HW in archive.images_NHW[archive.split_N == TRAIN]}
+    return sum(image_HW.tobytes() in known for image_HW in archive.images_NHW[archive.split_N == VALIDATION])
+
+
 def _runs(label_N: NDArray[np.int64], among_N: Bools) -> Iterator[NDArray[np.int64]]:
     for k in np.unique(label_N[among_N]):
         yield np.flatnonzero((label_N == k) & among_N)
@@ -118,7 +137,7 @@ def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ModelError(f"{path.name} is no archive of several arrays", advice=_FORM)
-            return {name: loaded[name] for name in loaded.files if name in _RULES}
+            arrays = {name: loaded[name] for name in loaded.files if name in _RULES}
     except OSError as error:
         raise ModelError(
             f"{path.name} cannot be read: {error.strerror or error}", advice="check --data: the archives lie there"
@@ -128,8 +147,15 @@ def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
             f"{path.name} holds pickled or damaged arrays, which are not loaded: {error}",
             advice="save plain arrays with numpy.savez; text as dtype str, not object",
         ) from error
-    except (BadZipFile, EOFError, KeyError) as error:
+    except MemoryError as error:
+        raise ModelError(
+            f"{path.name} claims more than fits into memory: {error}", advice="write a smaller one"
+        ) from error
+    except _DAMAGED as error:
         raise ModelError(f"{path.name} is damaged: {error}", advice="fetch or write the archive again") from error
+    if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise ModelError(f"{path.name}: {odd[0]} is no array", advice=_FORM)
+    return arrays
 
 
 def _is_text(array: NDArray[np.generic]) -> bool:

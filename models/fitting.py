@@ -84,7 +84,8 @@ def train(
     checkpoint: Path | None = None,
     parallel: Parallel = ALONE,
 ) -> Fitted:
-    """Change the network's weights in place. Equal seeds give equal weights, whatever stopped and resumed in between.
+    """Change the network's weights in place. Equal seeds give equal weights, whatever stopped and resumed in between;
+    with a budget of time they do not, as the rate follows the time spent.
 
     With `patience`, what is kept are the weights with the lowest loss on `heldout`. With `checkpoint`, each epoch is kept
     there and a later call goes on after it; the file is removed by the caller. With `privacy`, no two runs are equal.

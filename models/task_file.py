@@ -19,6 +19,7 @@ GREY_LEVELS = 255  # of an 8-bit image, above 0
 _SEE_EXAMPLE = "compare it with models/bundles/chest-small.toml"
 
 Text = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
+Meaning = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\S")]  # DICOM's LO: no report can hold more
 Prose = Annotated[str, Meta(min_length=1, max_length=10_000, pattern=r"\S")]
 
 
@@ -33,8 +34,8 @@ class Grey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ArchiveLabel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     label: Text
-    sct: Annotated[str, Meta(pattern=r"^\d{6,18}$")]
-    meaning: Text
+    sct: Annotated[str, Meta(pattern=r"\A[0-9]{6,18}\Z")]
+    meaning: Meaning
     is_finding: bool
 
 

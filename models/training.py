@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scope(finetune_)
     _add_privacy(finetune_)
     _add_machine(pretrain)
-    _add_machine(images)
+    _add_machine(images, "of the first weights and the order; the weights depend on the machine's speed too (0)")
     machine = _add_machine(finetune_)
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="auto: a GPU if there is one")
     machine.add_argument("--bfloat16", action="store_true", help="mixed precision; faster on GPUs, slower on most CPUs")
@@ -246,9 +246,11 @@ def _add_privacy(parser: argparse.ArgumentParser) -> None:
     privacy.add_argument("--dp-test-seed", type=_whole, help=argparse.SUPPRESS)  # repeatable noise protects no one
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def _add_machine(
+    parser: argparse.ArgumentParser, seed_help: str = "equal seeds give equal weights (0)"
+) -> argparse._ArgumentGroup:
     machine = parser.add_argument_group("how it runs")
-    machine.add_argument("--seed", type=_whole, default=0, help="equal seeds give equal weights (0)")
+    machine.add_argument("--seed", type=_whole, default=0, help=seed_help)
     machine.add_argument("--threads", type=_count, default=1, help="no more than cores that are free: threads spin (1)")
     machine.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep each epoch here, and go on after the last one kept"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -92,6 +93,22 @@ def test_an_archive_that_cannot_be_trained_on_is_refused_with_the_reason(
     assert refused.value.advice
 
 
+def header(shape: tuple[int, ...]) -> bytes:
+    """An array's head, without its content."""
+    said = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
+    return b"\x93NUMPY\x01\x00" + len(said).to_bytes(2, "little") + said
+
+
+def packed(path: Path, member: bytes, encrypted: bool = False) -> None:
+    with ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", member)
+    if encrypted:  # the flag alone, in the member's head and in the list at the end
+        content = bytearray(path.read_bytes())
+        for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            content[content.index(signature) + offset] |= 1
+        path.write_bytes(bytes(content))
+
+
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
@@ -100,6 +117,10 @@ def test_an_archive_that_cannot_be_trained_on_is_refused_with_the_reason(
         (lambda path: path.write_bytes(b"PK\3\4 not a zip"), "damaged"),
         (lambda path: path.write_bytes(b"no array at all"), "pickled or damaged"),
         (lambda path: np.save(path.open("wb"), np.zeros(3)), "no archive of several arrays"),
+        (lambda path: packed(path, header((10**9, 512, 512))), "claims more than fits into memory"),
+        (lambda path: packed(path, header((10**30,))), "damaged"),
+        (lambda path: packed(path, b"no array"), "images is no array"),
+        (lambda path: packed(path, header((1, 32, 32)), encrypted=True), "damaged"),
     ],
 )
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, write: Callable[[Path], object], reason: str) -> None:
@@ -117,6 +138,8 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, write: Callable[[P
         ('attribution = "Drawn by the test\'s author."', "", "attribution", "passed on"),
         ('sct = "17621005"', "sct = 17621005", "sct", "SNOMED CT"),
         ('sct = "17621005"', 'sct = "normal"', "sct", "SNOMED CT"),
+        ('sct = "17621005"', 'sct = "17621005\\n"', "sct", "SNOMED CT"),
+        ('meaning = "Normal"', f'meaning = "{"N" * 65}"', "meaning", "compare"),
         ('modality = "CT"', 'modality = "US"', "modality", "compare"),
         ("max_slices = 2", "slices = 2", "slices", "compare"),
         ("max_slices = 2", "max_slices = 0", "max_slices", "compare"),

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from models.bundle import Bundle, check_known_answer
+from models.bundle import SHIPPED, Bundle, check_known_answer, read_bundle
 from models.calibration import softmax
 from models.phantoms import BASE, LABELS, LOOKS, SiteLook, phantom
 from models.preprocess import Volume, prepare
 from models.spec import MODALITIES, TaskSpec
-from tests.models.conftest import SessionRun, one_series
+from tests.models.conftest import SessionRun, one_series, session_of
 
 pytestmark = pytest.mark.slow
 
@@ -110,3 +110,22 @@ def test_its_card_says_what_it_is(shipped: Bundle) -> None:
     assert "python -m models.training pretrain" in shipped.card
     for look in LOOKS:
         assert f"| {look} |" in shipped.card
+
+
+@pytest.fixture(scope="module")
+def chest() -> Bundle:
+    return read_bundle(SHIPPED.with_name("chest-small.bundle"))
+
+
+def test_the_chest_bundle_gives_its_known_answers_and_names_codes_and_licences(chest: Bundle) -> None:
+    check_known_answer(session_of(chest.onnx), chest)
+    assert chest.manifest.network == "hybrid-small"
+    assert {label.code.scheme for task in chest.manifest.tasks for label in task.labels} == {"SCT"}
+    assert chest.card.count("Licence: CC BY 4.0") == len(chest.manifest.tasks)
+
+
+@pytest.mark.parametrize("modality", ["XR", "CT"])
+def test_the_chest_bundle_takes_no_noise_for_a_patient(chest: Bundle, modality: str) -> None:
+    noise_ZYX = np.random.default_rng(0).uniform(0.0, 350.0, (1, 256, 256)).astype(np.float32)
+    seen = read(chest, session_of(chest.onnx), Volume(noise_ZYX, (1.0, 1.0, 1.0), modality))
+    assert seen["ood_B"][0] > chest.manifest.ood_threshold
