@@ -155,6 +155,10 @@ def _read_slices(path: Path) -> list[_Slice]:
         frames = int(ds.get("NumberOfFrames") or 1)
         if frames > MAX_FRAMES:
             raise DecodeError(f"an image of {frames} frames is too large")
+        if (
+            frames * int(ds.get("Rows") or 0) * int(ds.get("Columns") or 0) > MAX_VOXELS
+        ):  # GDCM decodes all frames of a file
+            raise DecodeError(f"{frames} images of {ds.Rows} x {ds.Columns} pixels are too large")
         if frames > 1 or "PerFrameFunctionalGroupsSequence" in ds:
             return [_slice(path, ds, _groups(ds, index), index + 1) for index in range(max(frames, 1))]
         return [_slice(path, ds, [ds], None)]

@@ -57,7 +57,7 @@ def _drop_sealed(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
     """
     for known in ledger.in_states(db, State.UPLOADING):
         log.info("round %s: its update was sealed with the certificate before; training again", known.round_id)
-        ledger.apply(db, data_dir, known.round_id, Event.LOST, now)
+        ledger.apply(db, data_dir, known.round_id, Event.LOST, now, Outcome(reason=""))
     for known in ledger.in_states(db, State.DELIVERED):
         if known.update_path:
             (data_dir / known.update_path).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from edge_agent import bundles, learn, ledger, policy, rounds
+from edge_agent import bundles, learn, ledger, policy, replay, rounds
 from edge_agent.config import Config
 from edge_agent.ledger import Outcome, Round
 from edge_agent.rounds import Event, State
@@ -37,7 +37,8 @@ def _answer_again(known: Round, data_dir: Path, device: str) -> tuple[Event, Out
     update = data_dir / known.update_path
     if not update.is_file():
         return Event.LOST, Outcome(reason="this box has delivered its update and does not have it any more")
-    return Event.INVITATION, Outcome(update=ledger.offer_of(update, known.round_id, device))
+    again = ledger.offer_of(update, known.round_id, device)
+    return Event.INVITATION, Outcome(reason=replay.NOT_COUNTED, update=again)
 
 
 def judge_waiting(db: sqlite3.Connection, config: Config, now: float) -> None:

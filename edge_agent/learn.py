@@ -139,15 +139,24 @@ def newest_heldout(db: sqlite3.Connection, most: int) -> list[Example]:
     return [Example(**dict(row)) for row in rows]
 
 
-def usable(db: sqlite3.Connection, base: Bundle, modalities: Sequence[str], split: str) -> list[Example]:
-    """Those whose modality and label `base` knows."""
-    labels = {task.modality: {label.name for label in task.labels} for task in base.manifest.tasks}
-    inputs = {spec.modality for spec in base.manifest.inputs}
+def usable(
+    db: sqlite3.Connection, data_dir: Path, base: Bundle, modalities: Sequence[str], split: str
+) -> list[Example]:
+    """Those whose modality and label `base` knows, and whose arrays or images are here."""
+    labels: dict[str, set[str]] = {t.modality: {label.name for label in t.labels} for t in base.manifest.tasks}
+    inputs: dict[str, InputSpec] = {spec.modality: spec for spec in base.manifest.inputs}
     return [
         example
         for example in examples(db, modalities, split)
-        if example.modality in inputs and example.label in labels.get(example.modality, ())
+        if example.label in labels.get(example.modality, set())
+        and example.modality in inputs
+        and _is_at_hand(db, data_dir, example, inputs[example.modality])
     ]
+
+
+def _is_at_hand(db: sqlite3.Connection, data_dir: Path, example: Example, spec: InputSpec) -> bool:
+    arrays = data_dir / example_path(example.series_no, spec)
+    return arrays.exists() or bool(instances.open(db, data_dir, example.series_no))
 
 
 def lay_out(db: sqlite3.Connection, data_dir: Path, base: Bundle, chosen: Sequence[Example], folder: Path) -> int:

@@ -143,7 +143,7 @@ class Learner:
         log.info("round %s: delta norm %.3g", of.round_id, sealed.norm_before_clip)
         path = f"updates/{of.round_id}.sealed"
         write_durably(self._data_dir / path, sealed.sealed)
-        replay.keep_learned(db, of.round_id, chosen)
+        replay.keep_learned(db, of.round_id, [example for example in chosen if example.split == "train"])
         return Outcome(
             examples=examples,
             reason=replay.NOT_COUNTED,
@@ -154,12 +154,14 @@ class Learner:
     def _chosen(self, db: sqlite3.Connection, of: Round, base: Bundle, needed: int) -> list[learn.Example]:
         """To train on, and the newest held-out ones. Together never fewer than the round needs."""
         tasks = self._config.policy.tasks
-        training = learn.usable(db, base, tasks, "train")
-        heldout = sorted(learn.usable(db, base, tasks, "heldout"), key=lambda example: example.review_no)
-        learned_up_to = replay.learned_up_to(db)
-        new = sum(example.review_no > learned_up_to for example in training)
+        training = learn.usable(db, self._data_dir, base, tasks, "train")
+        heldout = sorted(
+            learn.usable(db, self._data_dir, base, tasks, "heldout"), key=lambda example: example.review_no
+        )
+        learned = replay.learned_up_to(db)
+        new = sum(replay.is_new(example, learned) for example in training)
         older_max = max(self._config.learning.replay_max, needed - new)
-        taught = replay.choose(training, learned_up_to, older_max, of.plan.seed)
+        taught = replay.choose(training, learned, older_max, of.plan.seed)
         return taught + heldout[-MAX_HELDOUT:]
 
 

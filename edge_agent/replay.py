@@ -6,7 +6,7 @@ Source: rehearsal against forgetting (Robins 1995).
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -14,39 +14,59 @@ import numpy as np
 from edge_agent import database
 from edge_agent.learn import Example
 from edge_agent.rounds import State
+from models.spec import MODALITIES
 
 # The reason of a sealed round until the hub's receipt, which clears it: a round that closes before keeps it.
-NOT_COUNTED = "the hub has not counted this box's update"
-LEARNED_UP_TO = "learned up to, "  # counter of a round: the newest verdict in its update
+NOT_COUNTED = "the hub has not yet confirmed this box's update"
+LEARNED_UP_TO = (
+    "learned up to, "  # counter of a modality and a round: the newest verdict that its update was trained on
+)
 COUNTED = """
     SELECT COALESCE(MAX(c.value), 0) FROM counters c JOIN rounds r ON c.name = ? || r.round_id
     WHERE r.state = ? OR (r.state = ? AND r.update_path <> '' AND r.reason = '')
 """
 
 
-def choose(examples: Sequence[Example], learned_up_to: int, older_max: int, seed: int) -> list[Example]:
-    """All with a verdict after `learned_up_to`, and at most `older_max` others, evenly over modalities and labels.
+def choose(examples: Sequence[Example], learned: Mapping[str, int], older_max: int, seed: int) -> list[Example]:
+    """All that are new after `learned`, and at most `older_max` others, evenly over modalities and labels.
 
     In the order of `examples`; equal seeds draw equally.
     """
-    older = [example for example in examples if example.review_no <= learned_up_to]
+    older = [example for example in examples if not is_new(example, learned)]
     drawn = {example.series_no for example in _evenly(older, older_max, seed)}
-    return [example for example in examples if example.review_no > learned_up_to or example.series_no in drawn]
+    return [example for example in examples if is_new(example, learned) or example.series_no in drawn]
 
 
-def learned_up_to(db: sqlite3.Connection) -> int:
-    """The newest verdict in an update that the hub has counted, and whose round it did not drop; 0 before the first."""
-    return int(db.execute(COUNTED, (LEARNED_UP_TO, State.DELIVERED, State.CLOSED)).fetchone()[0])
+def is_new(example: Example, learned: Mapping[str, int]) -> bool:
+    return example.review_no > learned.get(example.modality, 0)
+
+
+def learned_up_to(db: sqlite3.Connection) -> dict[str, int]:
+    """By modality the newest verdict in an update that the hub has counted, and whose round it did not drop."""
+    found = {}
+    for modality in MODALITIES:
+        (newest,) = db.execute(COUNTED, (_counter(modality, ""), State.DELIVERED, State.CLOSED)).fetchone()
+        if newest:
+            found[modality] = int(newest)
+    return found
 
 
 def keep_learned(db: sqlite3.Connection, round_id: str, examples: Sequence[Example]) -> None:
-    """What the round's update, sealed next, has learned. Counts as soon as the hub counts it."""
-    database.keep(db, LEARNED_UP_TO + round_id, max(example.review_no for example in examples))
+    """What the round's update, sealed next, was trained on. Counts as soon as the hub counts it."""
+    newest: dict[str, int] = {}
+    for example in examples:
+        newest[example.modality] = max(example.review_no, newest.get(example.modality, 0))
+    for modality, review_no in newest.items():
+        database.keep(db, _counter(modality, round_id), review_no)
 
 
 def forget(db: sqlite3.Connection) -> None:
     """Another hub has counted nothing of this box yet: every verdict is new to it."""
     db.execute("DELETE FROM counters WHERE substr(name, 1, ?) = ?", (len(LEARNED_UP_TO), LEARNED_UP_TO))
+
+
+def _counter(modality: str, round_id: str) -> str:
+    return f"{LEARNED_UP_TO}{modality} {round_id}"
 
 
 def _evenly(examples: Sequence[Example], most: int, seed: int) -> list[Example]:

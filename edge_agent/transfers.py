@@ -78,7 +78,7 @@ class Transfers:
         path = self._data_dir / row["path"]
         if not path.exists() or path.stat().st_size != row["size"]:
             log.error("round %s: its sealed update is lost from the disk; training again", row["subject"])
-            ledger.apply(self._db, self._data_dir, row["subject"], Event.LOST, now)
+            ledger.apply(self._db, self._data_dir, row["subject"], Event.LOST, now, ledger.Outcome(reason=""))
             return
         offer = chunks.new_offer(
             path,

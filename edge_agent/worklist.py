@@ -16,6 +16,8 @@ from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.dataset import Dataset
 
 from edge_agent import reviews
+from edge_agent.decode import MAX_INFLATED
+from edge_agent.encoded import inflates_beyond
 from edge_agent.instances import PYDICOM_ERRORS
 from edge_agent.recent import Recent
 from edge_agent.reviews import Review, Stated
@@ -195,7 +197,9 @@ def _delivery(db: sqlite3.Connection, result_no: int) -> Delivery:
 
 
 def _read_patient(path: Path) -> Patient:
-    """Raises one of PYDICOM_ERRORS."""
+    """Raises one of PYDICOM_ERRORS. Nothing is said of a file whose header alone would not fit into memory."""
+    if inflates_beyond(path, MAX_INFLATED):
+        return Patient()
     ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_KEYWORDS])
     character_sets = ds.get("SpecificCharacterSet") or ""
     encodings = convert_encodings([character_sets] if isinstance(character_sets, str) else list(character_sets))

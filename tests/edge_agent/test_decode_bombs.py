@@ -15,7 +15,7 @@ from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from edge_agent import decode, encoded
+from edge_agent import decode, encoded, worklist
 from edge_agent.decode import DecodeError, NotForUsError
 from models.errors import VolumeError
 from models.preprocess import prepare
@@ -236,6 +236,26 @@ def test_a_deflated_bomb_is_not_inflated(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(decode, "MAX_INFLATED", 2 << 20)
     monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was inflated as a whole"))
     assert "too large" in str(refused(ds, tmp_path))
+
+
+def test_the_worklist_does_not_inflate_a_deflated_bomb_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ds = ct_slice("1.2", Rows=1024, Columns=1024, PixelData=bytes(2 << 20))
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    write(ds, tmp_path / "x.dcm")
+    assert worklist.Headers(tmp_path).patient("x.dcm").PatientID == ds.PatientID
+    monkeypatch.setattr(worklist, "MAX_INFLATED", 2 << 20)
+    monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was inflated as a whole"))
+    assert worklist.Headers(tmp_path).patient("x.dcm") == worklist.Patient()
+
+
+def test_a_file_of_many_frames_is_not_decoded_for_the_one_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds = compressed(RLELossless)
+    ds.NumberOfFrames = 3
+    monkeypatch.setattr(decode, "MAX_VOXELS", 2 * ds.Rows * ds.Columns)
+    monkeypatch.setattr(decode, "stored_frames", lambda *_: pytest.fail("a decoder was asked"))
+    assert "3 images of" in str(refused(ds, tmp_path))
 
 
 def test_a_jpeg_says_its_size_behind_fill_bytes_and_other_segments() -> None:

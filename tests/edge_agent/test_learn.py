@@ -47,7 +47,11 @@ def collect(box: Box) -> int:
 
 
 def lay_out(box: Box, base: Bundle, folder: Path) -> int:
-    chosen = [example for split in ("train", "heldout") for example in learn.usable(box.db, base, ("XR",), split)]
+    chosen = [
+        example
+        for split in ("train", "heldout")
+        for example in learn.usable(box.db, box.data_dir, base, ("XR",), split)
+    ]
     return learn.lay_out(box.db, box.data_dir, base, chosen, folder)
 
 
@@ -132,7 +136,7 @@ def test_layout_for_the_child(box: Box, tmp_path: Path) -> None:
     listed = json.loads((tmp_path / "job" / "examples.json").read_text())
     assert sorted(entry["split"] for entry in listed) == ["heldout", "train", "train"]
     assert all((tmp_path / "job" / entry["path"]).exists() for entry in listed)
-    assert learn.usable(box.db, base, ("CT",), "train") == []
+    assert learn.usable(box.db, box.data_dir, base, ("CT",), "train") == []
 
 
 def test_another_preprocessing_makes_the_arrays_anew(box: Box, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from edge_agent import decode, hub_change, instances, learn, ledger, replay
+from edge_agent import decode, hub_change, instances, invitations, learn, ledger, replay
 from edge_agent.learn import Example
 from edge_agent.learner import Learner
 from edge_agent.rounds import Event, State
@@ -46,44 +46,48 @@ def reviewed(first: int, **counts: int) -> list[Example]:
     return [Example(first + n, first + n, modality, label, "train") for n, (modality, label) in enumerate(kinds)]
 
 
+def up_to(review_no: int) -> dict[str, int]:
+    return dict.fromkeys(("XR", "CT", "MR"), review_no)
+
+
 def kinds(examples: Sequence[Example]) -> Counter[tuple[str, str]]:
     return Counter((example.modality, example.label) for example in examples)
 
 
 def test_fewer_than_the_bound_all_take_part_in_their_order() -> None:
     examples = reviewed(1, XR_normal=30, XR_nodule=2, CT_normal=1)
-    assert replay.choose(examples, 33, 33, seed=1) == examples
-    assert replay.choose(examples, 0, 0, seed=1) == examples
+    assert replay.choose(examples, up_to(33), 33, seed=1) == examples
+    assert replay.choose(examples, up_to(0), 0, seed=1) == examples
 
 
 def test_new_ones_always_take_part_however_many() -> None:
     older, new = reviewed(1, XR_normal=50), reviewed(51, XR_normal=40)
-    chosen = replay.choose(older + new, 50, 10, seed=1)
+    chosen = replay.choose(older + new, up_to(50), 10, seed=1)
     assert chosen[10:] == new
     assert set(chosen[:10]) < set(older)
-    assert replay.choose(older + new, 50, 0, seed=1) == new
+    assert replay.choose(older + new, up_to(50), 0, seed=1) == new
 
 
 def test_a_verdict_that_was_corrected_is_new_again() -> None:
     corrected = Example(3, 99, "XR", "nodule", "train")
-    assert replay.choose([*reviewed(1, XR_normal=2), corrected], 50, 0, seed=1) == [corrected]
+    assert replay.choose([*reviewed(1, XR_normal=2), corrected], up_to(50), 0, seed=1) == [corrected]
 
 
 def test_older_ones_are_drawn_evenly_over_modalities_and_labels() -> None:
     older = reviewed(1, XR_normal=400, XR_nodule=50, CT_normal=200, CT_bleed=5)
-    drawn = kinds(replay.choose(older, 655, 95, seed=1))
+    drawn = kinds(replay.choose(older, up_to(655), 95, seed=1))
     assert drawn == {("XR", "normal"): 30, ("XR", "nodule"): 30, ("CT", "normal"): 30, ("CT", "bleed"): 5}
 
 
 def test_what_is_left_over_goes_to_no_group_twice() -> None:
     older = reviewed(1, XR_normal=9, XR_nodule=9, CT_normal=9)
-    assert sorted(kinds(replay.choose(older, 27, 8, seed=1)).values()) == [2, 3, 3]
+    assert sorted(kinds(replay.choose(older, up_to(27), 8, seed=1)).values()) == [2, 3, 3]
 
 
 def test_the_seed_decides_the_draw() -> None:
     older = reviewed(1, XR_normal=100, XR_nodule=100)
-    assert replay.choose(older, 200, 20, seed=7) == replay.choose(older, 200, 20, seed=7)
-    assert replay.choose(older, 200, 20, seed=7) != replay.choose(older, 200, 20, seed=8)
+    assert replay.choose(older, up_to(200), 20, seed=7) == replay.choose(older, up_to(200), 20, seed=7)
+    assert replay.choose(older, up_to(200), 20, seed=7) != replay.choose(older, up_to(200), 20, seed=8)
 
 
 # --- the rounds before ----------------------------------------------------------------------------
@@ -108,13 +112,13 @@ def close(box: Box, round_id: str, reason: str = "") -> None:
 
 
 def test_an_update_counts_from_the_hubs_receipt_on(box: Box) -> None:
-    assert replay.learned_up_to(box.db) == 0
+    assert replay.learned_up_to(box.db) == {}
     seal(box, "round-1", 40)
-    assert replay.learned_up_to(box.db) == 0
+    assert replay.learned_up_to(box.db) == {}
     deliver(box, "round-1")
-    assert replay.learned_up_to(box.db) == 40
+    assert replay.learned_up_to(box.db) == {"XR": 40}
     close(box, "round-1")
-    assert replay.learned_up_to(box.db) == 40
+    assert replay.learned_up_to(box.db) == {"XR": 40}
 
 
 def test_to_another_hub_every_verdict_is_new(box: Box) -> None:
@@ -123,21 +127,43 @@ def test_to_another_hub_every_verdict_is_new(box: Box) -> None:
     deliver(box, "round-1")
     box.enrolled.folder.ca.write_bytes(TestAuthority("elsewhere").pem)
     hub_change.follow(box.db, box.data_dir, box.enrolled, 0.0)
-    assert replay.learned_up_to(box.db) == 0
+    assert replay.learned_up_to(box.db) == {}
+
+
+def test_what_no_update_was_trained_on_is_new_whatever_else_was_learned(box: Box) -> None:
+    """The site takes part with CT from now on, whose verdicts are older than the newest X-ray's."""
+    seal(box, "round-1", 40)
+    deliver(box, "round-1")
+    examples = reviewed(1, XR_normal=5, CT_normal=5)
+    assert replay.choose(examples, replay.learned_up_to(box.db), 0, seed=1) == examples[5:]
+
+
+def test_an_update_that_a_restored_hub_asks_for_again_counts_when_it_has_it(box: Box) -> None:
+    seal(box, "round-1", 40)
+    update = box.data_dir / "updates" / "round-1.sealed"
+    update.parent.mkdir(exist_ok=True)
+    update.write_bytes(b"sealed")
+    deliver(box, "round-1")
+    known = ledger.find(box.db, "round-1")
+    assert known is not None
+    invitations.take(box.db, box.config, box.enrolled.identity.name, known.plan, 0.0)
+    assert box.state_of("round-1") == State.UPLOADING
+    close(box, "round-1")
+    assert replay.learned_up_to(box.db) == {}
 
 
 def test_what_a_dropped_round_learned_is_new_again(box: Box) -> None:
     seal(box, "round-1", 40)
     deliver(box, "round-1")
     close(box, "round-1", "too few devices delivered")
-    assert replay.learned_up_to(box.db) == 0
+    assert replay.learned_up_to(box.db) == {}
 
 
 def test_what_came_too_late_for_a_released_round_is_new_still(box: Box) -> None:
     seal(box, "round-1", 40)
     close(box, "round-1")
     assert box.state_of("round-1") == State.CLOSED
-    assert replay.learned_up_to(box.db) == 0
+    assert replay.learned_up_to(box.db) == {}
     assert box.rows("rounds")[0]["reason"] == replay.NOT_COUNTED
 
 
@@ -145,7 +171,7 @@ def test_the_newest_counted_round_decides(box: Box) -> None:
     for number, newest in enumerate((70, 60, 65)):
         seal(box, f"round-{number}", newest)
         deliver(box, f"round-{number}")
-    assert replay.learned_up_to(box.db) == 70
+    assert replay.learned_up_to(box.db) == {"XR": 70}
 
 
 # --- the learner, with a stand-in for the child ---------------------------------------------------
@@ -199,7 +225,7 @@ def test_a_worse_candidate_is_not_sent_and_the_hub_is_told(box: Box, monkeypatch
     (answer,) = ledger.pending(box.db)
     assert answer.joins is False  # type: ignore[union-attr]
     assert answer.reason == "not sent, clearly worse on this site's held-out reviews: 5 of 6 right before, 3 after"  # type: ignore[union-attr]
-    assert replay.learned_up_to(box.db) == 0
+    assert replay.learned_up_to(box.db) == {}
 
 
 @pytest.mark.parametrize("after", [4, 5, 6])

@@ -181,7 +181,7 @@ def _collect(box: Box, heldout_fraction: float) -> None:
 
 
 def _lay_out(box: Box, base: Bundle, folder: Path) -> int:
-    return learn.lay_out(box.db, box.data_dir, base, learn.usable(box.db, base, ["XR"], "train"), folder)
+    return learn.lay_out(box.db, box.data_dir, base, learn.usable(box.db, box.data_dir, base, ["XR"], "train"), folder)
 
 
 def test_a_verdict_that_is_no_example_yet_holds_the_images(box: Box) -> None:
