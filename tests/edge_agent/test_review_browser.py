@@ -155,8 +155,9 @@ def test_the_whole_image_is_shown_and_the_heatmap_lies_upon_it(page: Page, url: 
 
 def test_a_slice_that_cannot_be_fetched_is_never_shown_as_another(page: Page) -> None:
     sign_in(page)
-    open_series(page, CT)
+    # Before the page opens: it fetches the other slices ahead.
     page.route("**/image/7.png?*", lambda route: route.fulfill(status=200, content_type="image/png", body="broken"))
+    open_series(page, CT)
     page.keyboard.press("End")
     expect(page.locator("#where")).to_contain_text("slice 8: no image came")
     expect(page.locator("#grey")).to_be_hidden()
