@@ -6,16 +6,14 @@ Axes: N images, H W pixels.
 """
 
 import hashlib
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.bundle import ZIP_ERRORS
 from models.drift import ENOUGH
 from models.errors import ModelError, VolumeError
 from models.examples import Example
@@ -26,17 +24,6 @@ from models.task_file import GREY_LEVELS, ArchiveTask
 CALIBRATION_SHARE = 0.15  # of the training split; never of the validation split
 TRAIN, VALIDATION = "train", "val"
 Bools = NDArray[np.bool_]
-# What zipfile and numpy raise on archives that are cut, encrypted, packed in an unknown way or of absurd size.
-_DAMAGED = (
-    BadZipFile,
-    EOFError,
-    KeyError,
-    OverflowError,
-    NotImplementedError,
-    RuntimeError,
-    zlib.error,
-    lzma.LZMAError,
-)
 _FORM = (
     "an archive holds images (uint8, N x H x W), labels (integers), class_names, split ('train' or 'val'), maybe group"
 )
@@ -151,7 +138,7 @@ def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
         raise ModelError(
             f"{path.name} claims more than fits into memory: {error}", advice="write a smaller one"
         ) from error
-    except _DAMAGED as error:
+    except (KeyError, OverflowError, *ZIP_ERRORS) as error:
         raise ModelError(f"{path.name} is damaged: {error}", advice="fetch or write the archive again") from error
     if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise ModelError(f"{path.name}: {odd[0]} is no array", advice=_FORM)

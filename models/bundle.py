@@ -7,9 +7,11 @@ Source: ARCHITECTURE.md, "The network"; every rule of `read_bundle` is numbered 
 
 import hashlib
 import io
+import lzma
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,8 +46,17 @@ KNOWN_ANSWER_TOLERANCE = 2e-2  # TF32 and TensorRT kernels round; a wrong graph 
 
 MAX_FILE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
-# What zipfile raises for a file that is none, is cut short, encrypted or packed in a way it does not know.
-ZIP_ERRORS = (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError)
+# What zipfile raises for a file that is none, is cut short, damaged, encrypted or packed in a way it does not know.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    zlib.error,
+    lzma.LZMAError,
+)
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _REFUSED = "do not use this file; fetch the bundle again"
 
