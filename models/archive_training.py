@@ -8,13 +8,11 @@ What follows the training is models.laboratory.
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from msgspec import structs
 
 from models.archive_card import Measured, Trained, card
 from models.archives import Archive, Parts, parts_of, read_archive
@@ -23,9 +21,9 @@ from models.errors import ModelError
 from models.examples import Example
 from models.export import OPSET
 from models.fitting import Progress, TrainingPlan, train
-from models.laboratory import OOD_QUANTILE, calibrated, fit_ood, reading, write
+from models.laboratory import OOD_QUANTILE, calibrated, fit_ood, highest_ood, reading, write
 from models.network import STRIDE, Hybrid
-from models.predicting import predict
+from models.predicting import Predicted, predict
 from models.restore import new_network
 from models.spec import Manifest, TaskSpec
 from models.task_file import TaskFile, read_task_file
@@ -72,8 +70,8 @@ def train_images(
     plan = replace(PLAN, seed=course.seed, budget_s=course.budget_s)
     fitted = train(network, evened([part.training for part in parts]), plan, progress, checkpoint=checkpoint)
     fit_ood(network, [example for part in parts for example in part.training])
-    manifest = calibrated(network, draft, [example for part in parts for example in part.calibration])
-    manifest = fitted_limit(network, manifest, parts)
+    seen = predict(network, [example for part in parts for example in part.calibration])
+    manifest = calibrated(network, draft, seen, ood_limit(network, draft, seen, parts))
     measured = [_measured(network, manifest, n, archives, parts) for n in range(len(parts))]
     trained = Trained(task_file.name, course.network, course.size_px, course.seed, fitted.steps, fitted.examples_seen)
     digest = write(out, network, manifest, lambda difference: card(asked, manifest, measured, trained, difference))
@@ -87,20 +85,19 @@ def evened(training: Sequence[Sequence[Example]]) -> list[Example]:
     return [example for examples in training for example in list(examples) * round(most / len(examples))]
 
 
-def fitted_limit(network: Hybrid, manifest: Manifest, parts: Sequence[Parts]) -> Manifest:
-    """The out-of-distribution limit half-way between the tasks' own held-back images and strangers, where these lie apart.
+def ood_limit(network: Hybrid, draft: Manifest, seen: Mapping[str, Predicted], parts: Sequence[Parts]) -> float:
+    """Half-way between the tasks' own held-back images, as `seen`, and strangers, where these lie apart.
 
     Strangers are the other tasks' held-back images and noise. Where they do not lie apart the limit lets through what the
     highest hundredth of the own images allows; the card then says how many strangers are answered.
     """
-    own, odd = [], []
-    for task, spec, part in zip(manifest.tasks, manifest.inputs, parts, strict=True):
-        strangers = _as_task(task, parts, part, "calibration") + noise(task, spec.size, CALIBRATION_SEED)
-        own.append(predict(network, part.calibration)[task.name].ood_N)
+    odd = []
+    for task, spec, part in zip(draft.tasks, draft.inputs, parts, strict=True):
+        others = [other.calibration for other in parts if other is not part]
+        strangers = _given_to(task, others) + noise(task, spec.size, CALIBRATION_SEED)
         odd.append(predict(network, strangers)[task.name].ood_N)
-    highest = float(np.quantile(np.concatenate(own), OOD_QUANTILE))
-    nearest = float(np.quantile(np.concatenate(odd), 1.0 - OOD_QUANTILE))
-    return structs.replace(manifest, ood_threshold=round(max(highest, (highest + nearest) / 2), 4))
+    highest, nearest = highest_ood(seen), float(np.quantile(np.concatenate(odd), 1.0 - OOD_QUANTILE))
+    return max(highest, (highest + nearest) / 2)
 
 
 def noise(task: TaskSpec, size_px: int, seed: int) -> list[Example]:
@@ -144,7 +141,7 @@ def _measured(
     network: Hybrid, manifest: Manifest, n: int, archives: Sequence[Archive], parts: Sequence[Parts]
 ) -> Measured:
     task, part = manifest.tasks[n], parts[n]
-    as_own = _as_task(task, parts, part, "validation")
+    as_own = _given_to(task, [other.validation for other in parts if other is not part])
     return Measured(
         archives[n],
         training=len(part.training),
@@ -155,9 +152,7 @@ def _measured(
     )
 
 
-def _as_task(
-    task: TaskSpec, parts: Sequence[Parts], own: Parts, split: Literal["calibration", "validation"]
-) -> list[Example]:
-    """About STRANGERS images of the other tasks, given to this one."""
-    others = [example for other in parts if other is not own for example in getattr(other, split)]
-    return [replace(example, task=task, label=0) for example in others[:: max(1, len(others) // STRANGERS)]]
+def _given_to(task: TaskSpec, others: Sequence[Sequence[Example]]) -> list[Example]:
+    """About STRANGERS images of other tasks, as if they were this one's."""
+    found = [example for examples in others for example in examples]
+    return [replace(example, task=task, label=0) for example in found[:: max(1, len(found) // STRANGERS)]]

@@ -6,7 +6,7 @@ Source: calibration as in models.calibration; out-of-distribution score as Lee 2
 Axes: N examples, K labels, D features of a look, B series, S slices, H W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from models.restore import load_weights, weights_of
 from models.spec import MODALITIES, InputSpec, Manifest, TaskSpec
 
 OOD_SHRINKAGE = 0.1
-OOD_QUANTILE, OOD_TOLERANCE = 0.99, 2.5  # other scanners are not another organ
+OOD_QUANTILE = 0.99
 KNOWN_SLICES, KNOWN_SEED = 4, 20_999_999  # of the known-answer batch
 
 
@@ -82,19 +82,22 @@ def fit_ood(network: Hybrid, examples: Sequence[Example]) -> None:
     load_weights(network, weights_of(network) | statistics)
 
 
-def calibrated(network: Hybrid, draft: Manifest, held_back: Sequence[Example]) -> Manifest:
-    """The draft with each task's temperature and threshold and the ood threshold, fitted on examples held back.
+def calibrated(network: Hybrid, draft: Manifest, seen: Mapping[str, Predicted], ood_threshold: float) -> Manifest:
+    """The draft with each task's temperature and threshold, fitted on what was seen of examples held back, by task name.
 
     Every task needs drift.ENOUGH of them. The network's parameters are counted into it too.
     """
-    seen = predict(network, held_back)
-    ood_N = np.concatenate([predicted.ood_N for predicted in seen.values()])
     return structs.replace(
         draft,
         tasks=tuple(calibrated_task(task, seen[task.name]) for task in draft.tasks),
-        ood_threshold=round(float(np.quantile(ood_N, OOD_QUANTILE)) * OOD_TOLERANCE, 4),
+        ood_threshold=round(ood_threshold, 4),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
+
+
+def highest_ood(seen: Mapping[str, Predicted]) -> float:
+    """What all but the highest hundredth of the examples stay below."""
+    return float(np.quantile(np.concatenate([predicted.ood_N for predicted in seen.values()]), OOD_QUANTILE))
 
 
 def calibrated_task(task: TaskSpec, seen: Predicted) -> TaskSpec:

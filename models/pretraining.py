@@ -20,7 +20,7 @@ from models.bundle import INPUT_NAMES
 from models.examples import LESION_SIDE, Example, batches
 from models.export import OPSET, run_torch
 from models.fitting import Progress, TrainingPlan, train
-from models.laboratory import calibrated, fit_ood, reading, write
+from models.laboratory import calibrated, fit_ood, highest_ood, reading, write
 from models.network import NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
 from models.predicting import predict
@@ -32,6 +32,7 @@ from models.tasks import INPUTS, TASKS
 NAME, VERSION = "phantom-tiny", "1"
 PHANTOMS_PER_LABEL = {"XR": 900, "CT": 700, "MR": 400}  # an X-ray is one slice: cheap
 HELD_BACK_PER_LABEL = 100  # for calibration, and again for each measured look
+OOD_TOLERANCE = 2.5  # other scanners are not another organ
 CALIBRATION_SEED, TEST_SEED = 10_000_000, 20_000_000  # training counts up from the plan's seed
 PLAN = TrainingPlan(
     epochs=8,
@@ -58,7 +59,8 @@ def pretrain(out: Path, seed: int, scale: float, progress: Progress, checkpoint:
     network = new_network(NANO, TASKS, INPUTS, seed)
     train(network, examples, replace(PLAN, seed=seed), progress, checkpoint=checkpoint)
     fit_ood(network, examples[:: max(1, len(examples) // 1500)])
-    manifest = calibrated(network, _DRAFT, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
+    seen = predict(network, every_task(HELD_BACK_PER_LABEL, CALIBRATION_SEED, BASE))
+    manifest = calibrated(network, _DRAFT, seen, highest_ood(seen) * OOD_TOLERANCE)
     trained_on = f"{len(examples)} phantoms, {PLAN.epochs} epochs, seed {seed}"
     digest = write(out, network, manifest, lambda difference: model_card(network, manifest, trained_on, difference))
     print(json.dumps({"digest": digest, "bytes": out.stat().st_size, "seconds": time.monotonic() - started}))
