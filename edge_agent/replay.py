@@ -1,6 +1,6 @@
 """Which examples take part in a round: every verdict that is new since the last counted round, and a share of the older ones.
 
-Reads rounds and counters; writes one counter for each sealed round.
+Reads rounds and counters; writes one counter for each modality of a sealed round.
 Never draws without a seed and never leaves a new verdict out.
 Source: rehearsal against forgetting (Robins 1995).
 """
@@ -18,9 +18,8 @@ from models.spec import MODALITIES
 
 # The reason of a sealed round until the hub's receipt, which clears it: a round that closes before keeps it.
 NOT_COUNTED = "the hub has not yet confirmed this box's update"
-LEARNED_UP_TO = (
-    "learned up to, "  # counter of a modality and a round: the newest verdict that its update was trained on
-)
+# Counter of a modality and a round: the newest verdict that its update was trained on.
+LEARNED_UP_TO = "learned up to, "
 COUNTED = """
     SELECT COALESCE(MAX(c.value), 0) FROM counters c JOIN rounds r ON c.name = ? || r.round_id
     WHERE r.state = ? OR (r.state = ? AND r.update_path <> '' AND r.reason = '')

@@ -197,7 +197,7 @@ def _delivery(db: sqlite3.Connection, result_no: int) -> Delivery:
 
 
 def _read_patient(path: Path) -> Patient:
-    """Raises one of PYDICOM_ERRORS. Nothing is said of a file whose header alone would not fit into memory."""
+    """Raises one of PYDICOM_ERRORS. Empty for a deflated file that pydicom, which inflates it whole, could not hold."""
     if inflates_beyond(path, MAX_INFLATED):
         return Patient()
     ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_KEYWORDS])

@@ -21,7 +21,6 @@ from models.spec import InputSpec, Label, TaskSpec
 EXAMPLE = Path(__file__).parent / "import-example.toml"
 MAX_SPEC_BYTES = 1 << 20
 _CODE_FORMS = {"SCT": re.compile(r"[0-9]{6,18}"), "RADLEX": re.compile(r"RID[0-9]+")}
-MEANING_CHARACTERS_MAX = 64
 _SEE_EXAMPLE = "compare it with `python -m models import --example`"
 
 Text = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
@@ -133,11 +132,6 @@ def _check_code(label: Label) -> None:
         raise SpecError(
             f"label {label.name}: {label.code.scheme} {label.code.value or '(nothing)'} is no code",
             advice='scheme "SCT" with a SNOMED CT number, or "RADLEX" with RID and a number, and a meaning',
-        )
-    if len(label.code.meaning) > MEANING_CHARACTERS_MAX:
-        raise SpecError(
-            f"label {label.name}: the code's meaning has more than {MEANING_CHARACTERS_MAX} characters",
-            advice="shorten it: a DICOM report can hold no more (value representation LO)",
         )
 
 

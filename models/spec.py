@@ -15,10 +15,13 @@ DICOM_MODALITY = {"CR": "XR", "DX": "XR", "DR": "XR", "RG": "XR", "CT": "CT", "M
 IMPORTED = "imported"  # the network of a bundle that `python -m models import` made: a graph alone
 
 
+Meaning = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\S")]  # DICOM's LO: no report can hold more
+
+
 class Code(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: str
     scheme: str
-    meaning: str
+    meaning: Meaning
 
 
 class Label(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

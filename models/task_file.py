@@ -13,13 +13,12 @@ import msgspec
 from msgspec import Meta
 
 from models.errors import ModelError
-from models.spec import Code, InputSpec, Label, TaskSpec
+from models.spec import Code, InputSpec, Label, Meaning, TaskSpec
 
 GREY_LEVELS = 255  # of an 8-bit image, above 0
 _SEE_EXAMPLE = "compare it with models/bundles/chest-small.toml"
 
 Text = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"\S")]
-Meaning = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\S")]  # DICOM's LO: no report can hold more
 Prose = Annotated[str, Meta(min_length=1, max_length=10_000, pattern=r"\S")]
 
 

@@ -390,7 +390,7 @@ def test_external_tensors_are_read_from_beside_the_file_and_nowhere_else(tmp_pat
         (lambda text: text.replace('"233604007"', '""'), "label pneumonia: SCT (nothing) is no code", "RADLEX"),
         (lambda text: text.replace("RID50149", "50149"), "label nodule: RADLEX 50149 is no code", "RADLEX"),
         (lambda text: text.replace('"SCT"', '"99LOCAL"'), "99LOCAL", "RADLEX"),
-        (lambda text: text.replace('"Pneumonia"', f'"{"P" * 65}"'), "more than 64 characters", "shorten"),
+        (lambda text: text.replace('"Pneumonia"', f'"{"P" * 65}"'), "length <= 64", "SNOMED CT or RadLex code"),
         (lambda text: text.replace('name = "nodule"', 'name = "normal"'), "same name", "own"),
         (lambda text: text.replace("[0.0, 255.0]", "[255.0, 0.0]"), "from low to high", "--example"),
         (lambda text: text.replace("[0.0, 255.0]", "[0.0, inf]"), "not finite", "--example"),
