@@ -6,7 +6,6 @@ What follows the training is models.laboratory.
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from models.errors import ModelError
 from models.examples import Example
 from models.export import OPSET
 from models.fitting import Progress, TrainingPlan, train
-from models.laboratory import OOD_QUANTILE, calibrated, fit_ood, highest_ood, reading, write
+from models.laboratory import OOD_QUANTILE, calibrated, check_writable, fit_ood, highest_ood, reading, write
 from models.network import STRIDE, Hybrid
 from models.predicting import Predicted, predict
 from models.restore import new_network
@@ -62,7 +61,7 @@ def train_images(
     """
     started = time.monotonic()
     asked = read_task_file(task_file)
-    _check_writable(out)
+    check_writable(out)
     draft = _draft(asked, course)
     network = new_network(course.network, draft.tasks, draft.inputs, course.seed)
     archives = [read_archive(folder / source.archive) for source in asked.tasks]
@@ -103,18 +102,6 @@ def ood_limit(network: Hybrid, draft: Manifest, seen: Mapping[str, Predicted], p
 def noise(task: TaskSpec, size_px: int, seed: int) -> list[Example]:
     values_N1HW = np.random.default_rng(seed).uniform(-1.0, 1.0, (STRANGERS, 1, size_px, size_px))
     return [Example(values_1HW.astype(np.float16), task, 0) for values_1HW in values_N1HW]
-
-
-def _check_writable(out: Path) -> None:
-    """Raises ModelError: before the training, not after it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise ModelError(f"{out} cannot be written: {error.strerror}", advice="give --out a file of yours") from error
-    if out.is_dir():
-        raise ModelError(f"{out} is a folder", advice="give --out the name of a file")
 
 
 def _draft(asked: TaskFile, course: Course) -> Manifest:

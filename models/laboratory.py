@@ -6,6 +6,7 @@ Source: calibration as in models.calibration; out-of-distribution score as Lee 2
 Axes: N examples, K labels, D features of a look, B series, S slices, H W pixels.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from models import calibration, drift
 from models.bundle import Array, BundleParts, write_bundle
 from models.calibration import F64
+from models.errors import ModelError
 from models.examples import Example
 from models.export import other_batch, parity, run_torch, to_onnx
 from models.network import FAR, Hybrid
@@ -63,6 +65,18 @@ class Reading:
     @property
     def accuracy_answered(self) -> float:
         return float(self.is_right_N[self.is_answered_N].mean()) if self.is_answered_N.any() else 0.0
+
+
+def check_writable(out: Path) -> None:
+    """Raises ModelError for a place where no bundle can be written: before the training, not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ModelError(f"{out} cannot be written: {error.strerror}", advice="give --out a file of yours") from error
+    if out.is_dir():
+        raise ModelError(f"{out} is a folder", advice="give --out the name of a file")
 
 
 def fit_ood(network: Hybrid, examples: Sequence[Example]) -> None:

@@ -20,7 +20,7 @@ from models.bundle import INPUT_NAMES
 from models.examples import LESION_SIDE, Example, batches
 from models.export import OPSET, run_torch
 from models.fitting import Progress, TrainingPlan, train
-from models.laboratory import calibrated, fit_ood, highest_ood, reading, write
+from models.laboratory import calibrated, check_writable, fit_ood, highest_ood, reading, write
 from models.network import NANO, Hybrid
 from models.phantoms import BASE, LABELS, LOOKS, Phantom, SiteLook, phantom
 from models.predicting import predict
@@ -51,6 +51,7 @@ _DRAFT = Manifest(1, NAME, VERSION, NANO, INPUTS, TASKS, ood_threshold=0.0, para
 def pretrain(out: Path, seed: int, scale: float, progress: Progress, checkpoint: Path | None = None) -> None:
     """Train, calibrate, measure, write. With a checkpoint, what stopped goes on after its last epoch."""
     started = time.monotonic()
+    check_writable(out)
     examples = [
         example
         for modality, count in PHANTOMS_PER_LABEL.items()

@@ -88,6 +88,8 @@ def test_the_card_names_licences_codes_and_measured_intervals(made: Bundle) -> N
         (("--size", "40"), "images of 40 pixels"),
         (("--size", "2048"), "images of 2048 pixels"),
         (("--data", "/nowhere"), "squares.npz cannot be read"),
+        (("--out", "/"), "is a folder"),
+        (("--out", "/dev/null/one.bundle"), "cannot be written"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(
