@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from models.bundle import ZIP_ERRORS
 from models.errors import SpecError
@@ -224,7 +225,7 @@ def _exported(network: torch.nn.Module, bundle: MonaiBundle, spec: ImportSpec, s
         settings = {"dynamo": False, "dynamic_axes": {"image": {0: "N"}, "scores": {0: "N"}}}
     try:
         with torch.no_grad(), quiet():
-            torch.onnx.export(
+            program = torch.onnx.export(
                 network,
                 (images,),
                 path,
@@ -235,6 +236,9 @@ def _exported(network: torch.nn.Module, bundle: MonaiBundle, spec: ImportSpec, s
                 verbose=False,
                 **settings,
             )
+            if program is not None:  # torch.export's way: it writes where the source lies into each node
+                ClearMetadataAndDocStringPass()(program.model)
+                program.save(path)
     except _FOREIGN_ERRORS as error:
         raise SpecError(
             f"the bundle's network cannot be exported: {first_line(error)}",

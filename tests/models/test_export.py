@@ -66,6 +66,14 @@ def test_its_graph_gives_its_known_answers_and_not_the_bases(exported, shipped: 
     assert not np.allclose(bundle.known_outputs["logits_BK"], shipped.known_outputs["logits_BK"], atol=1e-4)
 
 
+def test_a_graph_tells_no_path_of_the_machine_that_made_it(exported) -> None:
+    shipped = [read_bundle(path) for path in SHIPPED.parent.glob("*.bundle")]
+    assert len(shipped) == 2
+    for bundle in (read_bundle(exported[0]), *shipped):
+        assert b".py" not in bundle.onnx
+        assert b"stack_trace" not in bundle.onnx
+
+
 def test_a_card_does_not_grow_with_each_release(exported, tmp_path: Path) -> None:
     base = read_bundle(exported[0])
     safetensors_numpy.save_file(base.weights, tmp_path / "w.safetensors")
