@@ -1,0 +1,383 @@
+"""The addable delta codec: words modulo 2^16 or 2^32 whose sum over the boxes decodes to the mean delta.
+
+Reads and writes arrays in memory: one word of weight, then two's complement levels of the chosen, rotated coordinates.
+Never does I/O or draws unseeded noise; what does not fit the layout is refused with DeltaError.
+Source: rotation Suresh 2017, its two stages Andoni 2015; rounding Alistarh 2017; memory Seide 2014, Stich 2018.
+
+The order is choose, then rotate. Every box draws the same coordinates of the round from the layout's seed, and only
+those are rotated, so that all have one known spread and one step fits all. Choosing after rotating would smear what is
+not sent over every weight as noise, mix the memory anew each round and cost 1/share as much.
+
+Nothing is scaled up by 1/share. Without memory a round moves the chosen coordinates by exactly what the boxes learned
+there: coordinate descent, and the rest is learned again. With memory the rest waits 1/share rounds on average and its
+changes add up, though every round trained from weights they had not reached: at full size a local step above about
+`share` of the way diverges. `Layout.feedback_rate` is the rate at which one of the whole way converges fastest and what
+waits stays within the clip norm, so that the step holds for it too. A quadratic loss, 8 boxes, share 1/16, 400 rounds:
+with memory local steps of 0.1 and more diverged at full size and none did at this rate; no memory was as fast or faster
+for every step, and only under noise, at steps of 0.3 and more, did memory end nearer.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.delta import Arrays
+from models.errors import DeltaError
+
+Vector = NDArray[np.float32]
+Words = NDArray[np.unsignedinteger]
+
+WEIGHT_LEVELS = 255  # a weight share is a whole number of 255ths, at least one
+MIN_VALUE_BITS, MAX_VALUE_BITS = 4, 16
+MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-9, 1e9  # a step stays a normal float32
+MIN_SEED_BYTES = 8
+_CHUNK = 1 << 16  # coordinates handled at once: stays in the processor's cache
+_FLOAT32_ERROR = 4e-6  # of the clip norm: rotating there and back, relative error of sums of 2^12 terms
+_DIFFERS = "the two sides' plans or software differ; compare the versions"
+_PLAN = "correct the round's plan"
+
+
+def value_bits_for(word_bits: int, boxes: int) -> int:
+    """Largest number of bits of one box's value, at most 16, with which the sum of `boxes` cannot overflow a word.
+
+    Raises DeltaError where not even 4 bits fit, or the sum of the weights does not.
+    """
+    if word_bits not in (16, 32) or boxes < 1:
+        raise DeltaError(f"{boxes} boxes in words of {word_bits} bits: there is no such sum", advice=_PLAN)
+    most = ((1 << (word_bits - 1)) - 1) // boxes  # levels + 1 is the power of two next below or at most + 1
+    bits = min(MAX_VALUE_BITS, (most + 1).bit_length())
+    if bits < MIN_VALUE_BITS or boxes * WEIGHT_LEVELS > (1 << word_bits) - 1:
+        raise DeltaError(
+            f"the sum of {boxes} boxes does not fit words of {word_bits} bits",
+            advice="use words of 32 bits or a smaller cohort",
+        )
+    return bits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What both sides know of a round's words. Raises DeltaError where it cannot be.
+
+    seed: the round's own and public, e.g. its plan's digest. clip_norm: L2 limit of one box's delta.
+    boxes: at most so many in one sum. share: part of the coordinates this round moves, 0 < share <= 1.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    seed: bytes
+    clip_norm: float
+    boxes: int
+    word_bits: int = 32
+    value_bits: int = MAX_VALUE_BITS
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        fits = value_bits_for(self.word_bits, self.boxes)
+        if not MIN_VALUE_BITS <= self.value_bits <= fits:
+            raise DeltaError(f"values of {self.value_bits} bits, not {MIN_VALUE_BITS} to {fits}", advice=_PLAN)
+        if not MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM:
+            raise DeltaError(f"clip norm {self.clip_norm}, not {MIN_CLIP_NORM} to {MAX_CLIP_NORM}", advice=_PLAN)
+        if not 0.0 < self.share <= 1.0:
+            raise DeltaError(f"a share of {self.share}, not above 0 and at most 1", advice=_PLAN)
+        if len(self.seed) < MIN_SEED_BYTES:
+            raise DeltaError(f"a seed of {len(self.seed)} bytes, not {MIN_SEED_BYTES}", advice=_PLAN)
+        if any(length < 0 for shape in self.shapes.values() for length in shape) or self.size < 1:
+            raise DeltaError("there is no weight to send", advice=_PLAN)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.shapes))
+
+    @cached_property
+    def size(self) -> int:
+        """Coordinates of the delta, and of the memory."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def chosen(self) -> int:
+        """Coordinates this round moves."""
+        return max(1, round(self.share * self.size))
+
+    @cached_property
+    def block(self) -> int:
+        """Length of one Hadamard transform: the smallest power of two whose square holds all chosen coordinates."""
+        return 1 << ((self.chosen - 1).bit_length() + 1) // 2
+
+    @cached_property
+    def padded(self) -> int:
+        """Values in one box's words: the chosen coordinates in whole blocks."""
+        return -(-self.chosen // self.block) * self.block
+
+    @property
+    def word_count(self) -> int:
+        return 1 + self.padded
+
+    @property
+    def word_type(self) -> np.dtype[np.unsignedinteger]:
+        return np.dtype(np.uint16 if self.word_bits == 16 else np.uint32)
+
+    @property
+    def levels(self) -> int:
+        return (1 << (self.value_bits - 1)) - 1
+
+    @property
+    def spreads(self) -> float:
+        """Standard deviations of a rotated coordinate that the levels reach.
+
+        3 for 4 bits, 4 for 8, 5 for 12, 6 for 16: what clamping costs stays below what rounding does (measured).
+        """
+        return 2.0 + self.value_bits / 4.0
+
+    @property
+    def step(self) -> float:
+        """Value of one level: the spread is that of a delta at the clip norm."""
+        spread = self.clip_norm * math.sqrt(self.chosen / self.size / self.padded)
+        return self.spreads * spread / self.levels
+
+    @property
+    def feedback_rate(self) -> float:
+        """By what a delta is shrunk before it joins the memory: share / (2 - share), so 1 where everything is sent.
+
+        A coordinate waits a geometric number of rounds a, with E[a] = 1/share and E[a²] = (2 - share)/share². One box,
+        a quadratic loss and a local step of η: waiting multiplies the squared distance by E[(1 - aηr)²] on average, which
+        is below 1 for rates r < 2·share/(2 - share)/η and smallest at half of that. Stich 2018 and Karimireddy 2019 ask
+        for steps of that order too. The norm that waits stays at most clip_norm/√(2 - share).
+        """
+        return self.share / (2.0 - self.share)
+
+
+def encode(
+    delta: Mapping[str, NDArray[np.floating]],
+    layout: Layout,
+    weight_share: float,
+    generator: np.random.Generator,
+    memory: Vector | None = None,
+) -> tuple[Words, Vector | None]:
+    """One box's words, and the memory for its next round; without memory, what is not sent is forgotten.
+
+    A first memory is `np.zeros(layout.size, np.float32)`. What is sent + the new memory = feedback_rate · clipped delta +
+    memory, so the new one replaces the old only once the words are in a sum. The delta is clipped first, and what exceeds the clip
+    is gone, as in open rounds; what exceeds it only together with the memory stays in the memory.
+    weight_share: this box's weight over the largest allowed, 0 < weight_share <= 1. generator: the box's own.
+    Raises DeltaError on a delta or a memory that is not finite or has another shape.
+    """
+    if not 0.0 < weight_share <= 1.0:
+        raise DeltaError(f"a weight share of {weight_share}", advice="compare the box's examples with the plan's limit")
+    weight = max(1, round(WEIGHT_LEVELS * weight_share))
+    vector = _flatten(delta, layout)
+    factor = min(1.0, layout.clip_norm / max(_norm(vector), layout.clip_norm))
+    if memory is not None:
+        factor *= layout.feedback_rate
+    if factor != 1.0:
+        vector *= np.float32(factor)
+    if memory is not None:
+        vector += _checked_memory(memory, layout)
+    within = layout.clip_norm / max(_norm(vector), layout.clip_norm)
+    places = _places(layout)
+    rotated = np.zeros(layout.padded, np.float32)
+    np.multiply(vector[places], np.float32(within), out=rotated[: layout.chosen])
+    _rotate(rotated, layout)
+    words = np.empty(layout.word_count, layout.word_type)
+    words[0] = weight
+    values = words[1:].view(_signed(layout))
+    _quantise(rotated, values, weight, layout, generator)
+    if memory is None:
+        return words, None
+    vector[places] -= _restore(values, weight, layout)
+    return words, vector
+
+
+def decode_sum(sum_words: NDArray[np.integer], layout: Layout) -> Arrays:
+    """Mean delta of the boxes whose words were added, weighted by their weight levels; zero where nothing was sent.
+
+    Takes the words modulo 2^word_bits, or the same sum as signed integers (word_bits or 64 bits).
+    Raises DeltaError on another length or type, no weight, or a sum that no boxes could have: masks that did not cancel.
+    """
+    words = np.asarray(sum_words)
+    if words.shape != (layout.word_count,):
+        raise DeltaError(f"a sum of shape {words.shape}, not {layout.word_count} words", advice=_DIFFERS)
+    if words.dtype == layout.word_type:
+        values: NDArray[np.signedinteger] = words[1:].view(_signed(layout))
+    elif words.dtype in (_signed(layout), np.dtype(np.int64)):
+        values = words[1:]
+    else:
+        raise DeltaError(f"a sum of {words.dtype}, not of {layout.word_type}", advice=_DIFFERS)
+    weight = int(words[0])
+    if weight < 0 and words.dtype == _signed(layout):
+        weight += 1 << layout.word_bits
+    most = layout.boxes * layout.levels
+    if not 1 <= weight <= layout.boxes * WEIGHT_LEVELS:
+        raise DeltaError(f"a sum of weight {weight}", advice="drop the round: its sum is not one of its boxes")
+    if int(values.max()) > most or int(values.min()) < -most:
+        raise DeltaError("a sum beyond its boxes' levels", advice="drop the round: its sum is not one of its boxes")
+    vector = np.zeros(layout.size, np.float32)
+    vector[_places(layout)] = _restore(values, weight, layout)
+    mean: Arrays = {}
+    offset = 0
+    for name in layout.names:
+        count = math.prod(layout.shapes[name])
+        mean[name] = vector[offset : offset + count].reshape(layout.shapes[name])
+        offset += count
+    return mean
+
+
+def error_bound(layout: Layout, boxes: int, weight_share: float = 1.0) -> float:
+    """L2 bound of the decoded mean's error, root mean square over seeds, for boxes of this mean weight share.
+
+    For share = 1 and no memory, against the mean by weight levels. Rounding: a variance of at most step²/4 per value and
+    box, independent. Clamping: a rotated coordinate is sub-Gaussian, P(|z| > c) <= 2·exp(-c²/2) (Hoeffding 1963), so
+    E[(|z| - c)²+] <= 4·exp(-c²/2)/c² of the clip norm squared; it may hit all boxes alike.
+    """
+    rounding = layout.step / 2.0 * math.sqrt(layout.padded / boxes) / weight_share
+    clamping = 2.0 * math.exp(-(layout.spreads**2) / 4.0) / layout.spreads
+    return rounding + (clamping + _FLOAT32_ERROR) * layout.clip_norm
+
+
+def _flatten(delta: Mapping[str, NDArray[np.floating]], layout: Layout) -> Vector:
+    if delta.keys() != layout.shapes.keys():
+        odd = sorted(delta.keys() ^ layout.shapes.keys())
+        raise DeltaError(f"the delta does not hold the round's tensors: {odd[0]}", advice=_DIFFERS)
+    vector = np.empty(layout.size, np.float32)
+    offset = 0
+    for name in layout.names:
+        value = np.asarray(delta[name])
+        if value.shape != tuple(layout.shapes[name]):
+            raise DeltaError(f"{name} has shape {value.shape}, not {layout.shapes[name]}", advice=_DIFFERS)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused below
+            vector[offset : offset + value.size] = value.ravel()
+        if not np.isfinite(vector[offset : offset + value.size]).all():
+            raise DeltaError(f"{name} is not finite", advice="lower the learning rate")
+        offset += value.size
+    return vector
+
+
+def _checked_memory(memory: Vector, layout: Layout) -> Vector:
+    forget = "start again with a memory of zeros"
+    if memory.shape != (layout.size,) or memory.dtype != np.float32:
+        raise DeltaError(f"a memory of shape {memory.shape}, not of {layout.size} float32", advice=forget)
+    if not math.isfinite(_norm(memory)):
+        raise DeltaError("the memory is not finite", advice=forget)
+    return memory
+
+
+def _norm(vector: Vector) -> float:
+    return math.sqrt(sum(float(np.sum(np.square(vector[part], dtype=np.float64))) for part in _parts(vector.size)))
+
+
+def _places(layout: Layout) -> NDArray[np.int64] | slice:
+    """The chosen coordinates: one at random of each of `chosen` equal runs, which start at a random coordinate.
+
+    Every coordinate is as likely as any other, and all tensors are hit in proportion to their size.
+    """
+    if layout.chosen == layout.size:
+        return slice(None)
+    drawn = np.frombuffer(_stream(layout, "places", 8 + 4 * layout.chosen), np.uint8)
+    begin = int.from_bytes(drawn[:8].tobytes(), "little") % layout.size
+    edges = np.arange(layout.chosen + 1, dtype=np.int64) * layout.size // layout.chosen
+    places = drawn[8:].view("<u4") * np.diff(edges) >> 32
+    places += edges[:-1]
+    places += begin
+    places[places >= layout.size] -= layout.size
+    return places
+
+
+def _rotate(values: Vector, layout: Layout) -> None:
+    """In place: signs, transforms across the blocks, signs, transforms along the blocks.
+
+    The first set of transforms takes its coordinates one block count apart, so from every tensor alike; after the second
+    one large coordinate is spread over all values.
+    """
+    spare = np.empty_like(values)
+    _flip(values, layout, "first signs")
+    _transform_across(values, spare, layout.block)
+    _flip(values, layout, "second signs")
+    _transform_along(values, spare, layout.block)
+    values *= np.float32(1.0 / layout.block)  # two transforms of 1/√block
+
+
+def _rotate_back(values: Vector, layout: Layout) -> None:
+    """The inverse of _rotate: a Hadamard transform is its own."""
+    spare = np.empty_like(values)
+    _transform_along(values, spare, layout.block)
+    _flip(values, layout, "second signs")
+    _transform_across(values, spare, layout.block)
+    _flip(values, layout, "first signs")
+    values *= np.float32(1.0 / layout.block)
+
+
+def _transform_across(values: Vector, spare: Vector, block: int) -> None:
+    """Walsh-Hadamard over the first axis of (block, size/block).
+
+    As two products with small matrices, H_block = H_outer ⊗ H_inner: at 2^12 1.5 × as fast as butterflies in numpy.
+    """
+    outer, inner = _factors(block)
+    np.matmul(_hadamard(outer), values.reshape(outer, -1), out=spare.reshape(outer, -1))
+    np.matmul(_hadamard(inner), spare.reshape(outer, inner, -1), out=values.reshape(outer, inner, -1))
+
+
+def _transform_along(values: Vector, spare: Vector, block: int) -> None:
+    """Walsh-Hadamard over the last axis of (size/block, block)."""
+    outer, inner = _factors(block)
+    np.matmul(values.reshape(-1, inner), _hadamard(inner), out=spare.reshape(-1, inner))
+    np.matmul(_hadamard(outer), spare.reshape(-1, outer, inner), out=values.reshape(-1, outer, inner))
+
+
+def _factors(block: int) -> tuple[int, int]:
+    outer = 1 << (block.bit_length() - 1) // 2
+    return outer, block // outer
+
+
+def _hadamard(size: int) -> Vector:
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def _flip(values: Vector, layout: Layout, purpose: str) -> None:
+    """Turn the signs that the seed says, by their bit."""
+    drawn = np.frombuffer(_stream(layout, purpose, -(-values.size // 8)), np.uint8)
+    bits = values.view(np.uint32)
+    for part in _parts(values.size):
+        signs = np.unpackbits(drawn[part.start // 8 : -(-part.stop // 8)], count=part.stop - part.start)
+        bits[part] ^= signs.astype(np.uint32) << 31
+
+
+def _quantise(
+    rotated: Vector, values: NDArray[np.signedinteger], weight: int, layout: Layout, generator: np.random.Generator
+) -> None:
+    """Levels of weight · rotated, clamped, rounded up with the probability of the fraction: exact in expectation."""
+    scale = np.float32(weight / WEIGHT_LEVELS / layout.step)
+    limit = np.float32(layout.levels * weight / WEIGHT_LEVELS)
+    for part in _parts(rotated.size):
+        exact = np.clip(rotated[part] * scale, -limit, limit)
+        below = np.floor(exact)
+        exact -= below
+        below += generator.random(exact.size, np.float32) < exact
+        values[part] = below
+
+
+def _restore(values: NDArray[np.signedinteger], weight: int, layout: Layout) -> Vector:
+    """Coordinates of the chosen places from levels of a sum of this weight."""
+    rotated = values.astype(np.float32)
+    rotated *= np.float32(layout.step * WEIGHT_LEVELS / weight)
+    _rotate_back(rotated, layout)
+    return rotated[: layout.chosen]
+
+
+def _signed(layout: Layout) -> np.dtype[np.signedinteger]:
+    return np.dtype(np.int16 if layout.word_bits == 16 else np.int32)
+
+
+def _stream(layout: Layout, purpose: str, length: int) -> bytes:
+    """Bytes both sides draw alike. SHAKE-256, because numpy does not promise its draws across versions (NEP 19)."""
+    return hashlib.shake_256(b"wardround addable 1|%s|%s" % (purpose.encode(), layout.seed)).digest(length)
+
+
+def _parts(size: int) -> Iterator[slice]:
+    for begin in range(0, size, _CHUNK):
+        yield slice(begin, min(begin + _CHUNK, size))
