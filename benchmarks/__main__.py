@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import preprocess, receive
+from benchmarks import masked, preprocess, receive
 from benchmarks.network import bench as network
 
 FILE_COLUMNS = 180  # of a table that goes to a file
-BENCHES = {"receive": receive, "preprocess": preprocess, "models": network}
+BENCHES = {"receive": receive, "preprocess": preprocess, "models": network, "masked": masked}
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
         "name",
         choices=BENCHES,
         help="receive: C-STORE beside DCMTK's storescp and Orthanc; preprocess: file to tensor beside pydicom and numpy "
-        "alone; models: accuracy, federation, explanation, shift, speed",
+        "alone; models: accuracy, federation, explanation, shift, speed; masked: secure aggregation, no peer",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from fleet_link.errors import LinkError
+from fleet_link.pki import MAX_CERTIFICATE_BYTES
 
 MAX_MESSAGE_BYTES = 96 * 1024  # managed brokers cap a packet at 128 KB; room for the envelope
 
@@ -64,8 +65,11 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 # --- rounds ---------------------------------------------------------------------------------------
 
 
-class RoundPlan(Message, frozen=True, kw_only=True):
-    """Hub's invitation. The box checks it against its own site policy and may decline."""
+class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Hub's invitation. The box checks it against its own site policy and may decline.
+
+    A field that came later is not written while it has its default: the plan's digest stays what older software computes.
+    """
 
     round_id: Name
     kind: Literal["unsafe_open", "masked"]
@@ -79,6 +83,8 @@ class RoundPlan(Message, frozen=True, kw_only=True):
     seed: Count
     sealing_key: Annotated[bytes, Meta(min_length=32, max_length=4096)]
     deadline_unix_s: Annotated[float, Meta(ge=0.0, le=1e11)]  # bounds also refuse NaN and infinity
+    min_cohort: Count = 0  # masked: so many boxes at least stand in one sum; the box may ask for more
+    word_bits: Literal[16, 32] = 32  # masked: the sum is modulo 2^word_bits
 
 
 class RoundAnswer(Message, frozen=True, kw_only=True):
@@ -94,6 +100,92 @@ class RoundClosed(Message, frozen=True, kw_only=True):
     round_id: Name
     outcome: Literal["released", "dropped"]
     reason: Text = ""
+
+
+# --- masked rounds: the stages in order; edge_agent.masking and cloud_hub.secure_sum say what each must prove --------
+
+NEIGHBOURS = 32  # at most: whom one box shares masks and secrets with
+COHORT = 1000
+
+Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Signature = Annotated[bytes, Meta(max_length=80)]
+Names = Annotated[tuple[Name, ...], Meta(max_length=COHORT)]
+Packet = Annotated[bytes, Meta(min_length=60, max_length=60)]  # nonce 12, two shares of 16, tag 16
+
+
+class SignedKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One box's public keys of one round, signed by its device key; round, plan and name are in what it signs."""
+
+    share_key: Bytes32  # X25519: share packets are sealed to it
+    mask_key: Bytes32  # X25519: pair masks come from it
+    self_commitment: Bytes32  # SHA-256 of the secret behind the box's own mask
+    signature: Signature
+    certificate: Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)]  # DER
+
+
+class RoundKeys(Message, frozen=True, kw_only=True):
+    """Box → hub."""
+
+    round_id: Name
+    plan_digest: Bytes32
+    keys: SignedKeys
+
+
+class Cohort(Message, frozen=True, kw_only=True):
+    """Hub → box: everyone in the round by name and key digest, and the keys of this box's neighbours."""
+
+    round_id: Name
+    names: Names  # sorted
+    keys_digests: Annotated[bytes, Meta(max_length=32 * COHORT)]  # 32 bytes for each name, in their order
+    neighbours: Annotated[dict[Name, SignedKeys], Meta(max_length=NEIGHBOURS)]
+
+
+class Shares(Message, frozen=True, kw_only=True):
+    """Box → hub: for each neighbour one packet that only it can open."""
+
+    round_id: Name
+    cohort_digest: Bytes32
+    sealed: Annotated[dict[Name, Packet], Meta(max_length=NEIGHBOURS)]
+
+
+class SharesForwarded(Message, frozen=True, kw_only=True):
+    """Hub → box: the packets its neighbours made for it; their senders are whom it masks against."""
+
+    round_id: Name
+    cohort_digest: Bytes32
+    sealed: Annotated[dict[Name, Packet], Meta(max_length=NEIGHBOURS)]
+
+
+class Survivors(Message, frozen=True, kw_only=True):
+    """Hub → box: whose masked update is in the sum, and who gave shares but no update. Both sorted."""
+
+    round_id: Name
+    cohort_digest: Bytes32
+    active: Names
+    dropped: Names
+
+
+class SurvivorsSigned(Message, frozen=True, kw_only=True):
+    """Box → hub."""
+
+    round_id: Name
+    signature: Signature
+
+
+class Agreement(Message, frozen=True, kw_only=True):
+    """Hub → box: that its neighbours signed the very lists that it signed."""
+
+    round_id: Name
+    signatures: Annotated[dict[Name, Signature], Meta(max_length=NEIGHBOURS)]
+
+
+class Unmask(Message, frozen=True, kw_only=True):
+    """Box → hub: of each neighbour exactly one of its two shares."""
+
+    round_id: Name
+    self_shares: Annotated[dict[Name, Bytes16], Meta(max_length=NEIGHBOURS)]  # of active neighbours
+    mask_shares: Annotated[dict[Name, Bytes16], Meta(max_length=NEIGHBOURS)]  # of dropped ones
 
 
 # --- releases -------------------------------------------------------------------------------------
@@ -169,6 +261,14 @@ AnyMessage = (
     | RoundPlan
     | RoundAnswer
     | RoundClosed
+    | RoundKeys
+    | Cohort
+    | Shares
+    | SharesForwarded
+    | Survivors
+    | SurvivorsSigned
+    | Agreement
+    | Unmask
     | ReleaseOffer
     | BundleRequest
     | ReleaseReport
