@@ -5,7 +5,10 @@ Never answers without the admin token, but for enrolment, which has its own.
 Source: RFC 6750 (Bearer); RFC 9110.
 """
 
+import json
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -88,7 +91,7 @@ def _api_routes(context: Context) -> list[BaseRoute]:
         Route("/devices", api.post(api.add_device, NewDevice, changes_access=True), methods=["POST"]),
         Route("/devices/{device}", api.get(api.device)),
         Route("/devices/{device}/token", api.post(api.new_token, None), methods=["POST"]),
-        Route("/devices/{device}/revoke", api.post(api.revoke, None, changes_access=True), methods=["POST"]),
+        Route("/devices/{device}/revoke", api.revoke_at_once, methods=["POST"]),
         Route("/rounds", api.get(lambda session, request, now: {"rounds": views.rounds(session)})),
         Route("/rounds", api.post(api.start_round, NewRound), methods=["POST"]),
         Route("/rounds/{round_id}", api.get(api.round)),
@@ -151,6 +154,15 @@ class _Api:
         device = request.path_params["device"]
         registry.revoke(session, device, now=now)
         return views.device(session, device, now=now, max_age_s=self._age_s)
+
+    async def revoke_at_once(self, request: Request) -> Response:
+        """Registry, broker's files, SIGHUP; then what the broker shows of it."""
+        ordered_at = time.monotonic()
+        revoked = await self.post(self.revoke, None, changes_access=True)(request)
+        if revoked.status_code != 201:
+            return revoked
+        shown = await run_in_threadpool(self._context.cut_off, request.path_params["device"], ordered_at)
+        return JSONResponse(json.loads(bytes(revoked.body)) | {"cut_off": asdict(shown)}, status_code=201)
 
     def start_round(self, session: Session, request: Request, body: NewRound, now: float) -> Any:
         defaults = self._config.rounds

@@ -1,6 +1,6 @@
 """The hub's certificate authority: one P-256 root that signs the hub's own and the boxes' certificates.
 
-Reads and writes ca.key (0600) and ca.pem; gives certificates and revocation lists as values.
+Reads and writes ca.key (0600, encrypted with a passphrase that lies elsewhere) and ca.pem; gives certificates and revocation lists as values.
 Never decides who may have a certificate: enrolment does, in the transaction that spends the token.
 Source: RFC 5280; RFC 9525 (names in subjectAltName).
 """
@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fleet_link import pki
 from fleet_link.errors import SiteError, TrustError
+from fleet_link.files import write_durably
 from fleet_link.topics import HUB, is_device_id
 
 ROOT_DAYS = 3653
@@ -129,16 +130,49 @@ def create(key: ec.EllipticCurvePrivateKey, *, name: str, now: float) -> Authori
     return Authority(key, certificate)
 
 
-def load(key_path: Path, certificate_path: Path) -> Authority:
-    """Raises SiteError when a file is missing, unreadable, or the two do not belong together."""
+def load(key_path: Path, certificate_path: Path, passphrase_path: Path) -> Authority:
+    """The passphrase is read only where the key is encrypted.
+
+    Raises SiteError when a file is missing, unreadable, or they do not belong together.
+    """
+    passphrase = read_passphrase(passphrase_path) if is_encrypted(key_path) else None
     try:
-        key = pki.load_private_key(key_path)
+        key = pki.load_private_key(key_path, passphrase=passphrase)
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
     except (SiteError, OSError, ValueError) as error:
-        raise SiteError(f"the hub's CA cannot be read: {error}", advice="restore ca/ from backup") from error
+        advice = f"restore ca/ from backup; is {passphrase_path} the passphrase of this key?" if passphrase else ""
+        raise SiteError(f"the hub's CA cannot be read: {error}", advice=advice or "restore ca/ from backup") from error
     if key.public_key() != certificate.public_key():
         raise SiteError("ca.key and ca.pem do not belong together", advice="restore ca/ from one backup")
     return Authority(key, certificate)
+
+
+def is_encrypted(key_path: Path) -> bool:
+    """False too where there is none. Source: RFC 7468, 11."""
+    try:
+        return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in key_path.read_bytes()
+    except OSError:
+        return False
+
+
+def read_passphrase(path: Path) -> bytes:
+    """Its first line. Raises SiteError when it is not there or empty."""
+    try:
+        passphrase = path.read_bytes().partition(b"\n")[0].strip()
+    except OSError as error:
+        raise SiteError(
+            f"the passphrase of the CA's key cannot be read: {path}: {error.strerror}",
+            advice="put it back from where it is kept apart, or set certificates.ca_passphrase to where it is",
+        ) from error
+    if not passphrase:
+        raise SiteError(f"{path} holds no passphrase", advice="put the passphrase of the CA's key there, in one line")
+    return passphrase
+
+
+def encrypt(key_path: Path, passphrase_path: Path) -> None:
+    """Put the encrypted key in the place of the plain one, in one step. Raises SiteError."""
+    key = pki.load_private_key(key_path)
+    write_durably(key_path, pki.private_key_pem(key, passphrase=read_passphrase(passphrase_path)), mode=0o600)
 
 
 def public_key_sha256(public_key: ec.EllipticCurvePublicKey) -> str:

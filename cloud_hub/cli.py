@@ -1,6 +1,6 @@
-"""`hub`: make a hub, run it, ask how it is.
+"""`hub`: make a hub, run it, ask how it is, encrypt the key of its CA.
 
-Writes the data directory (`init`); starts cloud_hub.service (`run`); asks the running hub's API (`status`).
+Writes the data directory (`init`, `encrypt-ca`); starts cloud_hub.service (`run`); asks the running hub's API (`status`).
 Never prints the admin token.
 Source: Typer; exit codes 0 done, 2 wrong usage, 3 a setting or the machine is wrong or the hub is away, 4 not trusted.
 """
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="The hub of a Wardround fleet: certificates, rounds, releases.",
     epilog="First: hub init --data-dir DIR --host NAME, then hub run --config DIR/hub.toml, then fleet --help. "
     "Backup, also while it runs: sqlite3 DIR/hub.db \".backup 'TO/hub.db'\" first, then copy hub.toml, fleet.toml, "
-    "admin.token, ca/, keys/ and releases/; ca/ and keys/ are secrets.",
+    "admin.token, ca/, keys/ and releases/; ca/ and keys/ are secrets. Keep ca.passphrase apart from that, once.",
 )
 ConfigPath = Annotated[Path, typer.Option("--config", help="The hub's hub.toml.")]
 DEFAULT_CONFIG = Path("hub.toml")
@@ -51,6 +51,7 @@ def init(
     out.print(f"  look at it  {settings.url}  (log in with {settings.paths.admin_token})", soft_wrap=True)
     out.print(f"  work on it  fleet --config {folder / 'fleet.toml'} site add NAME", soft_wrap=True)
     out.print(f"Keep {folder / 'ca'} and {folder / 'keys'} in a safe backup.", soft_wrap=True)
+    out.print(_kept_apart(settings), soft_wrap=True)
 
 
 @app.command()
@@ -59,6 +60,15 @@ def run(config_path: ConfigPath = DEFAULT_CONFIG) -> None:
     settings = config.load(config_path)
     set_up_logging(settings.hub.log_level)
     service.run(settings)
+
+
+@app.command("encrypt-ca")
+def encrypt_ca(config_path: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Encrypt the key of a hub that was made before this was done by `init`. May be done while it runs."""
+    settings = config.load(config_path)
+    setup.encrypt_ca(settings)
+    out.print(f"{settings.paths.ca_key} is encrypted. Older backups hold it as it was: end them.", soft_wrap=True)
+    out.print(_kept_apart(settings), soft_wrap=True)
 
 
 @app.command()
@@ -76,6 +86,13 @@ def status(
         typer.echo(json.dumps(row, indent=2))
     else:
         out.print(fleet_tables.status(row), soft_wrap=True)
+
+
+def _kept_apart(settings: config.Config) -> str:
+    return (
+        f"Keep {settings.ca_passphrase} apart from it, offline: it opens the CA's key, and without it no restored hub"
+        " issues a certificate. systemd can hold it instead: certificates.ca_passphrase in hub.toml."
+    )
 
 
 def shipped_bundle() -> Path:

@@ -2,9 +2,10 @@
 
 Reads hub.toml over the packaged defaults (cloud_hub/hub.toml, the only place where a default is written).
 Never read again after start, never a global: the frozen value is passed down.
-Source: TOML 1.0.
+Source: TOML 1.0; systemd.exec(5), "Credentials".
 """
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from msgspec import Meta
 
 from fleet_link.errors import SiteError
 
+CREDENTIAL = "credential:"
 Port = Annotated[int, Meta(ge=1, le=65535)]
 HostName = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?\Z")]
 Positive = Annotated[int, Meta(ge=1)]
@@ -50,7 +52,9 @@ class HttpsSection(_Section, frozen=True, kw_only=True):
 
 
 class CertificatesSection(_Section, frozen=True, kw_only=True):
-    device_days: Annotated[int, Meta(ge=1, le=825)]
+    ca_passphrase: Annotated[str, Meta(min_length=1)]
+    device_days: Annotated[int, Meta(ge=7, le=825)]
+    renew_grace_days: Annotated[int, Meta(ge=0, le=3650)]
     server_days: Annotated[int, Meta(ge=1, le=825)]
     crl_days: Annotated[int, Meta(ge=7, le=3650)]
     token_hours: Annotated[int, Meta(ge=1, le=8760)]
@@ -149,6 +153,20 @@ class Config(_Section, frozen=True, kw_only=True):
     @property
     def paths(self) -> Paths:
         return Paths(Path(self.hub.data_dir))
+
+    @property
+    def ca_passphrase(self) -> Path:
+        """The file; a credential of systemd is one too."""
+        named = self.certificates.ca_passphrase
+        if named.startswith(CREDENTIAL):
+            return Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), named.removeprefix(CREDENTIAL))
+        return Path(self.hub.data_dir) / named
+
+    @property
+    def broker_here(self) -> str:
+        """Where this machine finds its own broker, whose certificate names localhost too."""
+        is_everywhere = self.broker.bind in ("0.0.0.0", "127.0.0.1", "localhost", "::")  # noqa: S104 - compared, not bound
+        return "localhost" if is_everywhere else self.broker.host
 
     @property
     def url(self) -> str:

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cloud_hub.ca import Authority
 from cloud_hub.config import Config
+from cloud_hub.cutoff import CutOff
 from cloud_hub.database import Database
 from cloud_hub.strangers import Strangers
 
@@ -27,6 +28,7 @@ class Context:
     strangers: Strangers
     admin_token: str
     reload_broker: Callable[[], None]  # Broker.reload: access files from the registry, then SIGHUP
+    cut_off: Callable[[str, float], CutOff]  # of a revoked device, ordered at this time.monotonic
     broker_running: Callable[[], bool]
     clock: Callable[[], float]  # unix seconds
 

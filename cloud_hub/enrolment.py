@@ -1,8 +1,8 @@
-"""Enrolment over HTTPS: a one-time token buys one certificate, in one transaction.
+"""Enrolment over HTTPS: a one-time token buys one certificate, and a certificate the next one, in one transaction.
 
-Reads tokens and devices; writes certificates, spent tokens, refusals.
-Never gives a second certificate for a token: the same key asking again gets the same certificate.
-Source: RFC 7030 (EST) 4.1 cacerts, 4.2 simpleenroll; RFC 7617 (Basic).
+Reads tokens, devices and certificates; writes certificates, spent tokens, refusals.
+Never gives a second certificate for a token, nor for one that is renewed: the same key asking again gets the same.
+Source: RFC 7030 (EST) 4.1 cacerts, 4.2.1 simpleenroll, 4.2.2 simplereenroll; RFC 7617 (Basic).
 """
 
 import base64
@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs7
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -24,6 +24,7 @@ from starlette.routing import Route
 from cloud_hub import ca, registry, releases
 from cloud_hub.context import Context, bounded_body
 from cloud_hub.database import Certificate, Device, Token
+from cloud_hub.https import shown_certificate
 from fleet_link import pki
 from fleet_link.errors import TrustError
 from fleet_link.topics import is_device_id
@@ -31,10 +32,11 @@ from fleet_link.topics import is_device_id
 log = logging.getLogger(__name__)
 
 CSR_BYTES_MAX = 16 * 1024
+DAY_S = 86_400.0
 
 
 class EnrolmentRefusedError(TrustError):
-    """Carries the HTTP status: 401 unknown token, 403 not with this token, 400 not a CSR."""
+    """Carries the HTTP status: 401 unknown token or no certificate, 403 not with this one, 400 not a CSR."""
 
     def __init__(self, status: int, message: str, *, advice: str) -> None:
         super().__init__(message, advice=advice)
@@ -50,6 +52,8 @@ class Claim:
 
 
 def routes(context: Context) -> list[Route]:
+    trust = pki.Trust(context.authority.pem)
+
     def cacerts(request: Request) -> Response:
         return _pkcs7(context.authority.certificate)
 
@@ -86,9 +90,25 @@ def routes(context: Context) -> list[Route]:
         body = await bounded_body(request, CSR_BYTES_MAX)
         return await run_in_threadpool(enrol_body, request, body)
 
+    def renew_body(request: Request, body: bytes) -> Response:
+        now = context.clock()
+        shown = shown_certificate(request.scope)
+        try:
+            former = check_shown(shown, trust, context.config.certificates.renew_grace_days, now=now)
+            certificate = renew(context, former, *parse_csr(body), now=now)
+        except EnrolmentRefusedError as error:
+            context.strangers.refused(device=_name_in(shown), what="renewal", reason=str(error))
+            return PlainTextResponse(f"{error}; {error.advice}\n", status_code=error.status)
+        return _pkcs7(certificate)
+
+    async def simplereenroll(request: Request) -> Response:
+        body = await bounded_body(request, CSR_BYTES_MAX)
+        return await run_in_threadpool(renew_body, request, body)
+
     return [
         Route("/.well-known/est/cacerts", cacerts),
         Route("/.well-known/est/simpleenroll", simpleenroll, methods=["POST"]),
+        Route("/.well-known/est/simplereenroll", simplereenroll, methods=["POST"]),
         Route("/.well-known/wardround/bootstrap", bootstrap),
     ]
 
@@ -119,6 +139,61 @@ def enrol(
     if replaced:
         context.reload_broker()
     log.info("device %s enrolled, certificate %s", claim.device, row.serial)
+    return certificate
+
+
+def renew(
+    context: Context, former: x509.Certificate, name: str, public_key: ec.EllipticCurvePublicKey, *, now: float
+) -> x509.Certificate:
+    """The certificate that follows `former` for this key. Raises EnrolmentRefusedError.
+
+    `former` is not revoked by it: what the box has sealed with it may be on its way until it ends. It buys no second one
+    for another key: a copy of the box that renews first is found out when the box does.
+    """
+    device = pki.common_name(former.subject)
+    with context.database.writing() as session:
+        _check_former(session, device, pki.serial_hex(former))
+        if name != device:
+            raise EnrolmentRefusedError(
+                403,
+                f"the CSR is for {name[:80]!r}, the certificate of {device}",
+                advice="a box renews its own name only",
+            )
+        given = _followers(session, former, device)
+        if any(row.public_key_sha256 != ca.public_key_sha256(public_key) for row in given):
+            raise EnrolmentRefusedError(
+                403, f"the certificate of {device} was renewed before, for another key", advice=_new_token(device)
+            )
+        in_time = [row for row in given if row.not_after > now]
+        if in_time:
+            return x509.load_pem_x509_certificate(in_time[-1].pem.encode())
+        days = context.config.certificates.device_days
+        certificate = context.authority.issue_device(public_key, device, days=days, now=now)
+        session.add(_row(certificate, public_key, device))
+    log.info("device %s renewed its certificate, now %s", device, pki.serial_hex(certificate))
+    return certificate
+
+
+def check_shown(shown: bytes | None, trust: pki.Trust, grace_days: int, *, now: float) -> x509.Certificate:
+    """The client certificate of a connection, of this hub's CA and ended `grace_days` ago at most.
+
+    Raises EnrolmentRefusedError.
+    """
+    if shown is None:
+        raise EnrolmentRefusedError(401, "no certificate was shown", advice="the box's certificate, as TLS client")
+    try:
+        certificate = pki.parse_certificate(shown)
+        name = pki.common_name(certificate.subject)
+        start, end = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+        trust.check(shown, expected_name=name, now=min(max(now, start), end))
+    except TrustError as error:
+        raise EnrolmentRefusedError(
+            403, str(error), advice="a box shows the certificate that it has from here"
+        ) from error
+    if now > end + grace_days * DAY_S:
+        raise EnrolmentRefusedError(
+            403, f"the certificate of {name} ended more than {grace_days} days ago", advice=_new_token(name)
+        )
     return certificate
 
 
@@ -168,6 +243,33 @@ def _issued_before(session: Session, token: Token, public_key: ec.EllipticCurveP
             403, f"the token for {token.device} was used already", advice=_new_token(token.device)
         )
     return x509.load_pem_x509_certificate(row.pem.encode())
+
+
+def _name_in(shown: bytes | None) -> str:
+    """For the operator; "" where there is none."""
+    try:
+        return pki.common_name(pki.parse_certificate(shown).subject) if shown else ""
+    except TrustError:
+        return ""
+
+
+def _check_former(session: Session, device: str, serial: str) -> None:
+    if not registry.is_active(session, device):
+        raise EnrolmentRefusedError(
+            403, f"device {device[:63]} is revoked or unknown", advice="add the box under a new name: fleet device add"
+        )
+    try:
+        registry.check_certificate(session, device, serial)
+    except TrustError as error:
+        raise EnrolmentRefusedError(403, str(error), advice=_new_token(device)) from error
+
+
+def _followers(session: Session, former: x509.Certificate, device: str) -> list[Certificate]:
+    """What was issued to the device after `former`, and not revoked; the oldest first."""
+    rows = session.scalars(select(Certificate).where(Certificate.device == device, Certificate.revoked_at.is_(None)))
+    issued = [(x509.load_pem_x509_certificate(row.pem.encode()).not_valid_before_utc, row) for row in rows]
+    issued = [(at, row) for at, row in issued if at >= former.not_valid_before_utc]
+    return [row for _, row in sorted(issued, key=lambda one: one[0]) if row.serial != pki.serial_hex(former)]
 
 
 def _revoke_former(session: Session, device: str, now: float) -> bool:

@@ -131,11 +131,18 @@ def device_revoke(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a box off at once and for good: hub and broker refuse it, its certificate is void."""
+    """Cut a box off at once and for good: hub and broker refuse it, its certificates are void.
+
+    Shows what the broker showed: that it ended the box's connection, and that it refuses what is said under its name.
+    Exit code 1 where it did not show it; the same command may be given again.
+    """
     if not yes and not typer.confirm(f"Cut {device} off for good?", err=True):
         raise typer.Exit(EXIT_REFUSED)
     revoked = _hub(context).post(f"/devices/{quote(device, safe='')}/revoke")
-    _show(revoked, as_json, lambda: f"Device [bold]{device}[/] is revoked. It goes on reading images by itself.")
+    said = Text.assemble("Device ", (device, "bold"), " is revoked. It goes on reading images by itself.\n")
+    _show(revoked, as_json, lambda: Group(said, fleet_tables.cut_off(revoked)))
+    if not revoked["cut_off"]["refuses"]:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @device_app.command("show")

@@ -67,6 +67,25 @@ def device(row: Row) -> Table:
     return _card(row["device"], facts)
 
 
+def cut_off(row: Row) -> Table:
+    """A device just revoked: what the broker showed of it."""
+    shown = row["cut_off"]
+    if shown["refuses"]:
+        off = Text(f"off after {shown['after_ms']:.0f} ms", style="green")
+        proof = 'the broker answers "not authorised" to a message under its name'
+    else:
+        off = Text(f"not seen to be off after {shown['after_ms']:.0f} ms", style="red")
+        proof = "none: does the broker run? fleet status; then give the same command again"
+    facts = {
+        "last message": when(row["last_seen_at"]),
+        "connection": "ended by the broker" if shown["was_connected"] else "it had none",
+        "now": off,
+        "proof": proof,
+        "the broker's log": "; ".join(shown["broker_said"]) or None,
+    }
+    return _card(row["device"], facts)
+
+
 def rounds(rows: Sequence[Row]) -> Table:
     table = _table(
         "Round", "State", "Started>", "Kind", "Invited>", "Joined>", "Declined>", "Updates>", "Release>", "Reason"

@@ -50,11 +50,10 @@ SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message
 
 
 def open_bus(config: Config) -> Bus:
-    """Not started yet. The broker is our child on this machine; its certificate names localhost too."""
+    """Not started yet. The broker is our child on this machine."""
     paths = config.paths
-    here = config.broker.bind in ("0.0.0.0", "127.0.0.1", "localhost", "::")  # noqa: S104 - compared, not bound
     bus_config = BusConfig(
-        host="localhost" if here else config.broker.host,
+        host=config.broker_here,
         port=config.broker.port,
         name=HUB,
         ca_path=paths.ca_certificate,
@@ -88,7 +87,9 @@ class Link:
         self._identity = parts.identity
         with parts.database.reading() as session:
             self._sequence = envelope.Sequence(parts.clock, counter(session, SENT_SEQUENCE), self._reserve)
-        self._windows: dict[str, tuple[str, envelope.ReplayWindow]] = {}  # device -> certificate serial, its window
+        self._windows: dict[
+            str, envelope.ReplayWindow
+        ] = {}  # by device: a box counts on when it renews its certificate
         self._owed: dict[str, float] = {}  # device -> when to tell it again what it is missing
         self._transfers = Transfers(parts.config, parts.database, parts.intake, self._say, self._send_chunk)
         self._news = True  # facts that a rollout depends on have changed
@@ -167,10 +168,9 @@ class Link:
         with self._parts.database.reading() as session:
             registry.check_certificate(session, device, opened.serial)
         # 4. Not seen before; kept on disk before anything comes of it.
-        serial, window = self._windows.get(device, ("", None))
-        if window is None or serial != opened.serial:
-            window = envelope.ReplayWindow(row.last_sequence)
-            self._windows[device] = opened.serial, window
+        window = self._windows.get(device)
+        if window is None or window.highest > row.last_sequence:  # enrolled anew since: it counts anew
+            window = self._windows[device] = envelope.ReplayWindow(row.last_sequence)
         window.accept(opened.sequence, opened.digest)
         with self._parts.database.writing() as session:
             session.get_one(Device, device).last_sequence = window.highest

@@ -23,7 +23,7 @@ from fleet_link.topics import HUB, Channel, Direction, Topic, is_device_id
 
 log = logging.getLogger(__name__)
 
-CERTIFICATE_ALARM_DAYS = 30
+CERTIFICATE_ALARM_DAYS = 2  # of the shortest that may be configured, a third is left when the box renews it
 
 
 class NotFoundError(SiteError):
@@ -97,7 +97,8 @@ def revoke(session: Session, device: str, *, now: float) -> None:
 def check_certificate(session: Session, device: str, serial: str) -> None:
     """Raises TrustError unless this is the device's certificate, neither revoked nor replaced by a later enrolment.
 
-    A good signature alone does not tell: a replaced certificate is valid until it ends.
+    A good signature alone does not tell: a replaced certificate is valid until it ends. One that the box has renewed
+    still counts: what was sealed with it may be on its way.
     """
     row = session.get(Certificate, serial)
     if row is None or row.device != device:
@@ -117,8 +118,11 @@ def certificate_alarm(ends_at: float | None, *, now: float) -> str:
     if ends_at is None or ends_at - now > CERTIFICATE_ALARM_DAYS * 86400.0:
         return ""
     if ends_at <= now:
-        return "the box's certificate has ended: enrol it again with a new token (fleet device token)"
-    return f"the box's certificate ends in {int((ends_at - now) // 86400)} days: enrol it again before (fleet device token)"
+        return (
+            "the box's certificate has ended: it renews it when it is back; where it cannot, fleet refusals says why,"
+            " and a new token helps (fleet device token)"
+        )
+    return f"the box's certificate ends in {int((ends_at - now) // 3600)} hours and was not renewed: fleet refusals says why"
 
 
 # --- enrolment tokens -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 
 import uvicorn
 
-from cloud_hub import ca, database, registry, setup
+from cloud_hub import ca, cutoff, database, https, registry, setup
 from cloud_hub.api import create_app
 from cloud_hub.broker import Broker
 from cloud_hub.ca import Authority
@@ -57,7 +57,9 @@ def run(config: Config) -> None:
         stack.enter_context(_only_one(config))
         # 1. What is on disk.
         files.remove_unfinished(config.paths.data_dir)
-        authority = ca.load(config.paths.ca_key, config.paths.ca_certificate)
+        authority = ca.load(config.paths.ca_key, config.paths.ca_certificate, config.ca_passphrase)
+        if not ca.is_encrypted(config.paths.ca_key):
+            log.warning("ca.key is not encrypted: whoever has a backup of it is the hub (hub encrypt-ca)")
         setup.renew_own_certificates(config, authority, now=time.time())
         hub = database.connect(config.paths.database)
         stack.callback(hub.close)
@@ -178,13 +180,13 @@ def _https(
         strangers=strangers,
         admin_token=config.paths.admin_token.read_text("ascii").strip(),
         reload_broker=broker.reload,
+        cut_off=lambda device, ordered_at: cutoff.cut_off(config, authority, device, ordered_at=ordered_at),
         broker_running=lambda: broker.running,
         clock=time.time,
     )
-    settings = uvicorn.Config(
+    settings = https.settings(
         create_app(context),
-        ssl_keyfile=config.paths.server_key,
-        ssl_certfile=config.paths.server_certificate,
+        config.paths,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -192,13 +194,12 @@ def _https(
         limit_concurrency=HTTPS_CONNECTIONS_MAX,
         timeout_graceful_shutdown=int(HTTPS_STOP_S // 2),
     )
-    settings.load()
-    assert settings.ssl is not None  # a key and a certificate were given
     server = uvicorn.Server(settings)
     with _listening(config) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="https", daemon=True)
         thread.start()
         try:
+            assert settings.ssl is not None
             yield settings.ssl
         finally:
             server.should_exit = True

@@ -74,11 +74,11 @@ def make_identity(settings: Config, *, now: float) -> Authority:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     if not paths.ca_certificate.exists():
-        key = _key(paths.ca_key)
+        key = _ca_key(settings)
         write_durably(
             paths.ca_certificate, ca.create(key, name=f"Wardround hub {settings.https.host}", now=now).pem, mode=0o644
         )
-    authority = ca.load(paths.ca_key, paths.ca_certificate)
+    authority = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
     renew_own_certificates(settings, authority, now=now)
     if not paths.sealing_key.exists():
         sealing.new_sealing_key(paths.sealing_key)
@@ -120,6 +120,35 @@ def _serves(path: Path, key: ec.EllipticCurvePrivateKey, names: list[str], now: 
     has_begun = start <= datetime.fromtimestamp(now, UTC)  # else it was issued before the clock went back
     is_fresh = has_begun and not in_last_third
     return certificate.public_key() == key.public_key() and is_fresh and present.issuperset(names)
+
+
+def encrypt_ca(settings: Config) -> None:
+    """For a hub made before its CA's key was encrypted; also while it runs. Raises SiteError."""
+    paths = settings.paths
+    if ca.is_encrypted(paths.ca_key):
+        raise SiteError(f"{paths.ca_key} is encrypted already", advice=f"its passphrase: {settings.ca_passphrase}")
+    ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
+    _passphrase(settings)
+    ca.encrypt(paths.ca_key, settings.ca_passphrase)
+    log.warning("the CA's key is encrypted from now on")
+
+
+def _ca_key(settings: Config) -> ec.EllipticCurvePrivateKey:
+    """Made on first use, with its passphrase; the plain one of an `init` that an earlier version began is kept."""
+    path = settings.paths.ca_key
+    if not path.exists():
+        return pki.new_private_key(path, passphrase=_passphrase(settings))
+    if ca.is_encrypted(path):
+        return pki.load_private_key(path, passphrase=ca.read_passphrase(settings.ca_passphrase))
+    return _key(path)
+
+
+def _passphrase(settings: Config) -> bytes:
+    """That of the operator, or a new one, 0600. Raises SiteError where a credential of systemd is not there."""
+    path = settings.ca_passphrase
+    if not path.exists() and not settings.certificates.ca_passphrase.startswith(config.CREDENTIAL):
+        pki.write_secret(path, (secrets.token_urlsafe(32) + "\n").encode())
+    return ca.read_passphrase(path)
 
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -65,7 +65,10 @@ def enroll(
     config: ConfigOption = DEFAULT_CONFIG,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Renew the certificate, or move to another hub; the agent must be stopped."),
+        typer.Option(
+            "--replace",
+            help="Another identity: after a revoked or lost one, or of another hub; the agent must be stopped.",
+        ),
     ] = False,
 ) -> None:
     """Make this box's key and get its certificate from the hub."""

@@ -24,6 +24,7 @@ from edge_agent.link import Link
 from edge_agent.pipeline import Pipeline
 from edge_agent.receive import StorageScp
 from edge_agent.releases import Installer
+from edge_agent.renewal import Renewal
 from fleet_link import files, notify
 from fleet_link.errors import SiteError, WardroundError
 
@@ -101,13 +102,14 @@ def work_of(config: Config, holder: ActiveBundle, enrolled: identity.Enrolled | 
     work: dict[str, Work] = {
         "pipeline": Pipeline(config, holder, time.time).run,
         "review": lambda stop: serve_review(config, stop),
-        "learner": Learner(config, holder, enrolled.identity if enrolled else None, time.time).run,
+        "learner": Learner(config, holder, enrolled, time.time).run,
     }
     if config.pacs.enabled:
         work["delivery"] = Delivery(config, time.time).run
     if enrolled and config.hub.enabled:
         work["installer"] = Installer(config, holder, time.time).run
         work["link"] = Link(config, enrolled, holder).run
+        work["renewal"] = Renewal(config, enrolled).run
     elif config.hub.enabled:
         log.warning("not linked: no rounds and no releases; run `edge-agent enroll TOKEN`")
     return work

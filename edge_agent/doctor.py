@@ -20,7 +20,7 @@ import httpx
 import onnxruntime
 from pynetdicom.ae import ApplicationEntity
 
-from edge_agent import bundles, database, drift, health, identity, status, task_status
+from edge_agent import bundles, database, drift, health, identity, renewal, status, task_status
 from edge_agent.config import Config
 from fleet_link.errors import WardroundError
 from models.bundle import SHIPPED
@@ -142,15 +142,16 @@ def _identity(config: Config) -> Iterator[Check]:
     except WardroundError as error:
         yield Check("identity", Level.ERROR, str(error), error.advice)
         return
-    days = enrolled.days_left(time.time())
-    text = f"{enrolled.address.device}, certificate valid for {days:.0f} days"
-    advice = "stop the agent and run `edge-agent enroll --replace TOKEN` with a new token from the hub"
-    if days < 0:
-        yield Check("identity", Level.ERROR, f"{enrolled.address.device}, the certificate has expired", advice)
-    elif days < health.CERTIFICATE_WARNING_DAYS:
-        yield Check("identity", Level.WARNING, text, advice)
+    now = time.time()
+    text = f"{enrolled.address.device}, certificate valid for {enrolled.days_left(now):.0f} days"
+    if enrolled.days_left(now) < 0:
+        expired = f"{enrolled.address.device}, the certificate has expired"
+        yield Check("identity", Level.ERROR, expired, health.RENEW_ADVICE)
+    elif now >= renewal.overdue_at(enrolled):
+        yield Check("identity", Level.WARNING, f"{text}, and was not renewed", health.RENEW_ADVICE)
     else:
-        yield Check("identity", Level.OK, text)
+        in_days = max(0.0, (renewal.due_at(enrolled) - now) / identity.DAY_S)
+        yield Check("identity", Level.OK, f"{text}, renewed by itself in {in_days:.0f}")
 
 
 def _pacs(config: Config) -> Iterator[Check]:

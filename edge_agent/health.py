@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from edge_agent import database, ledger, retention
+from edge_agent import database, ledger, renewal, retention
 from edge_agent.bundles import Active
 from edge_agent.config import Config
 from edge_agent.identity import Enrolled
 from edge_agent.rounds import State
 from fleet_link.messages import Heartbeat, RoundStatus
 
-CERTIFICATE_WARNING_DAYS = 30
+RENEW_ADVICE = (
+    "the running box renews it as soon as it reaches the hub's HTTPS port: check firewall and clock;"
+    " or stop it and run `edge-agent enroll --replace TOKEN` with a new token from the hub"
+)
 MAX_ROUNDS = 16
 MAX_ALARMS = 16
 MAX_ALARM_CHARACTERS = 300
@@ -108,12 +111,12 @@ def _newest(texts: list[str]) -> tuple[str, ...]:
 
 
 def certificate_notices(enrolled: Enrolled, now: float) -> list[str]:
-    """It is not renewed by itself: somebody must do it."""
-    days = enrolled.days_left(now)
-    if days >= CERTIFICATE_WARNING_DAYS:
+    """It is renewed by itself: said only where that should have happened long ago."""
+    if now < renewal.overdue_at(enrolled):
         return []
-    state = "has expired" if days < 0 else f"ends in {int(days)} days"
-    return [f"the certificate {state}: renew it with a new token, `edge-agent enroll --replace TOKEN`"]
+    days = enrolled.days_left(now)
+    state = "has expired" if days < 0 else f"ends in {int(days)} days" if days >= 1 else "ends within a day"
+    return [f"the certificate {state}: {RENEW_ADVICE}"]
 
 
 def alarms(db: sqlite3.Connection, config: Config, free: int) -> list[str]:

@@ -9,24 +9,27 @@ import logging
 import sqlite3
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from edge_agent import bundles, database, ledger, replay
 from edge_agent.identity import Enrolled
 from edge_agent.ledger import Outcome
-from edge_agent.link import HIGHEST_SEQUENCE
 from edge_agent.rounds import Event, State
 from fleet_link import pki
 
 log = logging.getLogger(__name__)
 
+HIGHEST_SEQUENCE = "hub_sequence"  # counter: of the hub's messages
 HUB = "hub"  # counter: the first 48 bits of the fingerprint of the hub's CA
 CERTIFICATE = "certificate"  # counter: and of the certificate of this box
 
 
 def follow(db: sqlite3.Connection, data_dir: Path, enrolled: Enrolled, now: float) -> None:
-    """At start. Killed in the middle, the next start does it again: the counters come last."""
+    """At start and after a renewal. Killed in the middle, the next start does it again: the counters come last."""
     _follow_hub(db, data_dir, _mark(enrolled.folder.ca.read_bytes()), now)
     ours = _mark(enrolled.identity.certificate_der)
-    if database.counter(db, CERTIFICATE) not in (0, ours):
+    if database.counter(db, CERTIFICATE) not in (0, ours, _renewed(enrolled, now)):
         _drop_sealed(db, data_dir, now)
     database.keep(db, CERTIFICATE, ours)
 
@@ -61,6 +64,15 @@ def _drop_sealed(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
     for known in ledger.in_states(db, State.DELIVERED):
         if known.update_path:
             (data_dir / known.update_path).unlink(missing_ok=True)
+
+
+def _renewed(enrolled: Enrolled, now: float) -> int:
+    """The certificate that ours has renewed: what it has sealed counts until it ends. 0 where there is none."""
+    try:
+        former = x509.load_pem_x509_certificate(enrolled.folder.former.read_bytes())
+    except (OSError, ValueError):
+        return 0
+    return _mark(former.public_bytes(Encoding.DER)) if now < former.not_valid_after_utc.timestamp() else 0
 
 
 def _mark(content: bytes) -> int:

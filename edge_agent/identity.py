@@ -1,6 +1,6 @@
-"""Who this box is: its key, its certificate, the fleet's CA, and how it got them (enrolment).
+"""Who this box is: its key, its certificate, the fleet's CA, and how it got them (enrolment, renewal).
 
-Reads a one-time token; talks HTTPS to the hub; writes identity.new/ in data_dir, device.pem last, then names it identity/.
+Reads a one-time token; talks HTTPS to the hub; writes identity.new/ or identity.renewed/, device.pem last, then identity/.
 Never sends the private key; never trusts a hub whose CA is not the one in the token.
 Source: EST, RFC 7030 sections 4.1 and 4.2; PKCS #7 certs-only, RFC 5272.
 """
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 from msgspec import Meta
 
@@ -38,6 +39,10 @@ class HubAddress(msgspec.Struct, frozen=True):
     hub_url: str
     mqtt_host: str
     mqtt_port: int
+
+
+class RefusedError(LinkError):
+    """The hub is there and says no: to ask again helps nothing."""
 
 
 class _Bootstrap(msgspec.Struct, frozen=True):
@@ -62,6 +67,11 @@ class Folder:
         return self.path / "device.pem"
 
     @property
+    def former(self) -> Path:
+        """The certificate that was renewed last, without its key: what it has sealed counts until it ends."""
+        return self.path / "former.pem"
+
+    @property
     def ca(self) -> Path:
         return self.path / "ca.pem"
 
@@ -78,17 +88,24 @@ class Folder:
         return self.tuf / "root.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Enrolled:
+    """Shared by the threads: renewal puts a new `identity` in, each reader sees the former one or the new one whole."""
+
     folder: Folder
     address: HubAddress
     identity: pki.Identity
     trust: pki.Trust
 
+    @property
+    def life(self) -> tuple[float, float]:
+        """Start and end of the certificate, unix seconds."""
+        certificate = x509.load_der_x509_certificate(self.identity.certificate_der)
+        return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+
     def days_left(self, now: float) -> float:
         """Of the certificate; below 0 it has expired."""
-        certificate = x509.load_der_x509_certificate(self.identity.certificate_der)
-        return (certificate.not_valid_after_utc.timestamp() - now) / DAY_S
+        return (self.life[1] - now) / DAY_S
 
     def address_now(self, hub: Hub) -> HubAddress:
         """Where the hub is: what the site's [hub] says of it, over what the hub said at enrolment."""
@@ -109,6 +126,11 @@ def draft(data_dir: Path) -> Folder:
     return Folder(data_dir / "identity.new")
 
 
+def renewed(data_dir: Path) -> Folder:
+    """Where a renewal grows: a key, then its certificate; then key and certificate move to `folder`."""
+    return Folder(data_dir / "identity.renewed")
+
+
 def is_enrolled(data_dir: Path) -> bool:
     return folder(data_dir).certificate.exists()
 
@@ -122,7 +144,11 @@ def load(data_dir: Path) -> Enrolled:
         address = msgspec.json.decode(here.address.read_bytes(), type=HubAddress)
         trust = pki.Trust(here.ca.read_bytes())
         here.tuf_root.stat()
-        return Enrolled(here, address, pki.load_identity(here.key, here.certificate), trust)
+        moving = renewed(data_dir).certificate
+        is_half_moved = moving.exists() and not renewed(data_dir).key.exists()
+        return Enrolled(
+            here, address, pki.load_identity(here.key, moving if is_half_moved else here.certificate), trust
+        )
     except (OSError, ValueError) as error:
         advice = "restore the identity folder, or enrol with a new token: `edge-agent enroll --replace TOKEN`"
         raise SiteError(f"this box's identity is damaged: {error}", advice=advice) from error
@@ -139,14 +165,14 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
     if is_enrolled(data_dir) and not replace:
         raise SiteError(
             f"this box is already enrolled as {load(data_dir).address.device}",
-            advice="to renew its certificate or move it to another hub stop the agent and run `edge-agent enroll --replace TOKEN`",
+            advice="to give it another identity or move it to another hub stop the agent and run `edge-agent enroll --replace TOKEN`",
         )
     here = draft(data_dir)
     here.tuf.mkdir(mode=0o700, parents=True, exist_ok=True)
     here.path.chmod(0o700)
     # 1. The CA, fetched without trust and pinned by the token's fingerprint.
     ca = _pinned_ca(token)
-    with _trusting(ca, token) as hub:
+    with _client(token.hub_url, _tls(ca), (token.device, token.secret)) as hub:
         # 2. Where the broker is and the root of releases, over a connection that this CA vouches for.
         bootstrap = _bootstrap(hub, token)
         write_durably(here.ca, ca.public_bytes(Encoding.PEM), mode=0o644)
@@ -155,7 +181,7 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
         write_durably(here.address, msgspec.json.encode(address), mode=0o644)
         # 3. The certificate, for a key that stays here; a half-done enrolment goes on with its key.
         key = pki.load_private_key(here.key) if here.key.exists() else pki.new_private_key(here.key)
-        certificate = _certificate(hub, pki.build_csr(key, token.device))
+        certificate = _certificate(hub, pki.build_csr(key, token.device), "simpleenroll")
     # 4. Only a certificate of this key, this name and this CA is kept.
     _check_certificate(certificate, key, token.device, ca)
     write_durably(here.certificate, certificate.public_bytes(Encoding.PEM), mode=0o644)
@@ -164,15 +190,17 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
 
 
 def settle(data_dir: Path) -> None:
-    """Put a whole draft into its place; at start too, for an enrolment that was killed. Raises SiteError.
+    """Put a whole draft into its place; at start too, for an enrolment or renewal that was killed. Raises SiteError.
 
     The old identity goes when the new one is whole. With the same CA it is the same hub: what this box has seen of its
     releases stays, so that none of them can be rolled back.
     """
     new, old = draft(data_dir), folder(data_dir)
     if not new.certificate.exists():
+        _settle_renewed(data_dir)
         return
     try:
+        shutil.rmtree(renewed(data_dir).path, ignore_errors=True)  # it is of the identity that goes
         if old.tuf.exists() and old.ca.exists() and old.ca.read_bytes() == new.ca.read_bytes():
             shutil.rmtree(new.tuf, ignore_errors=True)
             move_durably(old.tuf, new.tuf)
@@ -181,6 +209,64 @@ def settle(data_dir: Path) -> None:
     except OSError as error:
         raise SiteError(f"the old identity cannot be replaced: {error}", advice=f"check {old.path}") from error
     move_durably(new.path, old.path)
+
+
+def renew(enrolled: Enrolled, hub: Hub) -> None:
+    """Get a certificate for a new key, as the holder of the present one; both wait in `renewed` until they are proved.
+
+    The key is on disk before the hub hears of it: asked again after a power cut, the hub gives the same certificate.
+    Raises LinkError (hub away), RefusedError (a new token is needed) or TrustError (not a certificate for us).
+    """
+    here = enrolled.folder
+    new = renewed(here.path.parent)
+    new.path.mkdir(mode=0o700, exist_ok=True)
+    new.certificate.unlink(missing_ok=True)  # one that ended before it was proved
+    write_durably(new.ca, here.ca.read_bytes(), mode=0o644)
+    key = _renewal_key(new.key)
+    ca = x509.load_pem_x509_certificate(here.ca.read_bytes())
+    context = _tls(ca)
+    context.load_cert_chain(here.certificate, here.key)
+    with _client(enrolled.address_now(hub).hub_url, context) as asking:
+        certificate = _certificate(asking, pki.build_csr(key, enrolled.identity.name), "simplereenroll")
+    _check_certificate(certificate, key, enrolled.identity.name, ca)
+    write_durably(new.certificate, certificate.public_bytes(Encoding.PEM), mode=0o644)
+
+
+def waiting(enrolled: Enrolled, now: float) -> Enrolled | None:
+    """What `renew` has got, as an identity to connect with; None where there is none, or it is damaged or has ended."""
+    new = renewed(enrolled.folder.path.parent)
+    if not new.certificate.exists() or not new.key.exists():
+        return None
+    try:
+        found = Enrolled(new, enrolled.address, pki.load_identity(new.key, new.certificate), enrolled.trust)
+    except SiteError:
+        return None
+    return found if now < found.life[1] else None
+
+
+def take_over(enrolled: Enrolled, proved: Enrolled) -> None:
+    """The proved identity from now on. Killed in the middle, `load` finds the new key with its certificate. Raises SiteError."""
+    here, new = enrolled.folder, proved.folder
+    write_durably(here.former, here.certificate.read_bytes(), mode=0o644)
+    move_durably(new.key, here.key)
+    _settle_renewed(here.path.parent)
+    enrolled.identity = proved.identity
+
+
+def _renewal_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """That of a renewal which was cut off, or a new one."""
+    try:
+        return pki.load_private_key(path)
+    except SiteError:  # none yet, or it is damaged
+        path.unlink(missing_ok=True)
+        return pki.new_private_key(path)
+
+
+def _settle_renewed(data_dir: Path) -> None:
+    """A certificate whose key has moved moves too."""
+    new = renewed(data_dir)
+    if new.certificate.exists() and not new.key.exists():
+        move_durably(new.certificate, folder(data_dir).certificate)
 
 
 def _pinned_ca(token: tokens.EnrolmentToken) -> x509.Certificate:
@@ -195,16 +281,14 @@ def _pinned_ca(token: tokens.EnrolmentToken) -> x509.Certificate:
     )
 
 
-def _trusting(ca: x509.Certificate, token: tokens.EnrolmentToken) -> httpx.Client:
+def _tls(ca: x509.Certificate) -> ssl.SSLContext:
     context = ssl.create_default_context(cadata=ca.public_bytes(Encoding.PEM).decode("ascii"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return httpx.Client(
-        base_url=token.hub_url,
-        verify=context,
-        auth=(token.device, token.secret),
-        timeout=TIMEOUT_S,
-        trust_env=False,
-    )
+    return context
+
+
+def _client(hub_url: str, context: ssl.SSLContext, auth: tuple[str, str] | None = None) -> httpx.Client:
+    return httpx.Client(base_url=hub_url, verify=context, auth=auth, timeout=TIMEOUT_S, trust_env=False)
 
 
 def _bootstrap(hub: httpx.Client, token: tokens.EnrolmentToken) -> _Bootstrap:
@@ -218,10 +302,10 @@ def _bootstrap(hub: httpx.Client, token: tokens.EnrolmentToken) -> _Bootstrap:
     return bootstrap
 
 
-def _certificate(hub: httpx.Client, csr_pem: bytes) -> x509.Certificate:
+def _certificate(hub: httpx.Client, csr_pem: bytes, operation: str) -> x509.Certificate:
     csr_der = x509.load_pem_x509_csr(csr_pem).public_bytes(Encoding.DER)
     headers = {"content-type": "application/pkcs10", "content-transfer-encoding": "base64"}
-    reply = _ask(hub, "POST", "/.well-known/est/simpleenroll", content=base64.encodebytes(csr_der), headers=headers)
+    reply = _ask(hub, "POST", f"/.well-known/est/{operation}", content=base64.encodebytes(csr_der), headers=headers)
     return _certificates(reply)[0]
 
 
@@ -245,14 +329,16 @@ def _ask(hub: httpx.Client, method: str, url: str, **request: Any) -> bytes:
                 if len(reply) > MAX_REPLY_BYTES:
                     raise LinkError("the hub's reply is larger than any reply of a hub", advice="check the address")
     except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
-        advice = "check the hub's address, the firewall and both clocks; the same token can be used again"
+        advice = (
+            "check the hub's address, the firewall and both clocks; nothing is used up, the same can be tried again"
+        )
         raise LinkError(f"the hub cannot be reached: {error}", advice=advice) from error
     if response.status_code == httpx.codes.OK:
         return reply
     said = reply[:300].decode("utf-8", "replace").strip() or response.reason_phrase
     if response.status_code in (400, 401, 403, 404, 409, 410):
-        raise LinkError(f"the hub refused ({response.status_code}): {said}", advice=NEW_TOKEN)
-    raise LinkError(f"the hub failed ({response.status_code}): {said}", advice="try the same token again later")
+        raise RefusedError(f"the hub refused ({response.status_code}): {said}", advice=NEW_TOKEN)
+    raise LinkError(f"the hub failed ({response.status_code}): {said}", advice="try the same again later")
 
 
 def _certificates(reply: bytes) -> list[x509.Certificate]:

@@ -18,6 +18,7 @@ from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.database import transaction
 from edge_agent.evaluation import MAX_HELDOUT
+from edge_agent.identity import Enrolled
 from edge_agent.ledger import Outcome, Round
 from edge_agent.rounds import Event, State
 from fleet_link import pki
@@ -35,12 +36,12 @@ COLLECTING = "learning from verdicts"  # name of its alarm
 
 class Learner:
     def __init__(
-        self, config: Config, holder: ActiveBundle, identity: pki.Identity | None, clock: Callable[[], float]
+        self, config: Config, holder: ActiveBundle, enrolled: Enrolled | None, clock: Callable[[], float]
     ) -> None:
-        """`identity` is None on a box that is not enrolled: it collects examples and has no rounds."""
+        """`enrolled` is None on a box that is not enrolled: it collects examples and has no rounds."""
         self._config = config
         self._holder = holder
-        self._identity = identity
+        self._enrolled = enrolled
         self._clock = clock
         self._data_dir = config.box.data_dir
         self._collected_up_to = 0
@@ -63,13 +64,13 @@ class Learner:
 
     def step(self, db: sqlite3.Connection, stop: StopEvent) -> None:
         self._collect(db)
-        if self._identity is None or policy.minutes_to_open(
+        if self._enrolled is None or policy.minutes_to_open(
             self._config.policy.hours, policy.local_minute(self._clock())
         ):
             return
         for open_round in reversed(ledger.in_states(db, State.TRAINING)):
             if not stop.is_set() and time.monotonic() >= self._retry_at.get(open_round.round_id, 0.0):
-                self._work_on(db, open_round, self._identity, stop)
+                self._work_on(db, open_round, self._enrolled.identity, stop)
 
     def _collect(self, db: sqlite3.Connection) -> None:
         newest = int(db.execute("SELECT COALESCE(MAX(review_no), 0) FROM reviews").fetchone()[0])

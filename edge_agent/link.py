@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event as StopEvent
 
-from edge_agent import database, health, invitations, ledger, releases
+from edge_agent import database, health, hub_change, invitations, ledger, releases
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config, Hub
+from edge_agent.hub_change import HIGHEST_SEQUENCE
 from edge_agent.identity import Enrolled
+from edge_agent.renewal import Proof
 from edge_agent.rounds import Event
 from edge_agent.transfers import Transfers
 from fleet_link import envelope
@@ -46,7 +48,6 @@ ALARM_S = 3600.0  # distrust is told for so long
 TROUBLE_S = 60.0  # the disk's trouble, which is tried again within that time
 NEVER = float("-inf")
 CONNECTED = "hub_connected"  # counter: 1 while the broker has us
-HIGHEST_SEQUENCE = "hub_sequence"
 SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message of ours
 
 
@@ -76,10 +77,12 @@ class Link:
         db = database.connect(self.config.box.data_dir)
         bus = open_bus(self.enrolled, self.config.hub)
         conversation = Conversation(self, db, bus)
+        proof = Proof(self.enrolled, lambda enrolled: open_bus(enrolled, self.config.hub), self.clock)
         bus.start()
         try:
             while not stop.is_set():
                 conversation.step()
+                conversation.renew(proof, stop)
         finally:
             bus.stop()
             conversation.close()
@@ -129,6 +132,14 @@ class Conversation:
         self._guarded(self._transfers.receive_due, now)
         if self._bus.connected:
             self._guarded(self._transfers.send_due)
+
+    def renew(self, proof: Proof, stop: StopEvent) -> None:
+        """Where the next certificate waits: go on with it once a connection has proved it."""
+        self._guarded(self._renew, proof, stop)
+
+    def _renew(self, proof: Proof, stop: StopEvent) -> None:
+        if proof.try_waiting(self._db, self._bus, stop):
+            hub_change.follow(self._db, self._data_dir, self._link.enrolled, self._link.clock())
 
     def close(self) -> None:
         self._transfers.close()

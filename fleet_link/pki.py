@@ -16,7 +16,13 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
@@ -153,10 +159,10 @@ def load_identity(key_path: Path, certificate_path: Path) -> Identity:
     return Identity(name, key, certificate.public_bytes(Encoding.DER))
 
 
-def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Raises SiteError if the file is missing or holds anything but a P-256 private key."""
+def load_private_key(path: Path, *, passphrase: bytes | None = None) -> ec.EllipticCurvePrivateKey:
+    """Raises SiteError if the file is missing or holds anything but a P-256 private key, encrypted where one is given."""
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        key = load_pem_private_key(path.read_bytes(), password=passphrase)
     except (OSError, *_UNPARSABLE) as error:
         raise SiteError(f"key {path.name} cannot be read: {error}", advice="enrol this machine again") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -164,11 +170,17 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def new_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def new_private_key(path: Path, *, passphrase: bytes | None = None) -> ec.EllipticCurvePrivateKey:
     """Make a P-256 key and keep it at `path`, 0600, PKCS#8 PEM. Raises SiteError if the file exists."""
     key = ec.generate_private_key(ec.SECP256R1())
-    write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    write_secret(path, private_key_pem(key, passphrase=passphrase))
     return key
+
+
+def private_key_pem(key: ec.EllipticCurvePrivateKey, *, passphrase: bytes | None = None) -> bytes:
+    """PKCS#8, encrypted with the passphrase where one is given (PBES2; AES-256-CBC, RFC 8018)."""
+    protection = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
 
 
 def build_csr(key: ec.EllipticCurvePrivateKey, common_name: str) -> bytes:

@@ -22,11 +22,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cloud_hub import ca, config, database, registry, releases
+from cloud_hub import ca, config, database, https, registry, releases
 from cloud_hub.api import create_app
 from cloud_hub.ca import Authority
 from cloud_hub.config import Config
 from cloud_hub.context import Context
+from cloud_hub.cutoff import CutOff
 from cloud_hub.database import Certificate, Database, Refusal
 from cloud_hub.strangers import Strangers
 from fleet_link import messages, sealing
@@ -111,7 +112,7 @@ def make_hub_files(folder: Path, *, mqtt_port: int | None = None, https_port: in
     paths = settings.paths
     for path in (paths.ca_key.parent, paths.server_key.parent, paths.broker, paths.releases, paths.rounds):
         path.mkdir(parents=True, exist_ok=True)
-    authority = ca.create(new_key(), name="test", now=time.time())
+    authority = ca.create(new_key(), name="test", now=time.time() - 800 * 86_400.0)  # older than what it issued
     paths.ca_key.write_bytes(key_pem(authority.key))
     paths.ca_certificate.write_bytes(authority.pem)
     server_key, hub_key = new_key(), new_key()
@@ -136,6 +137,7 @@ class HttpsHub:
         self.config = files.config
         self.now = time.time()
         self.reloads = 0
+        self.broker_refuses = True  # a revoked device
         releases.Repository.create(self.config.paths, now=self.now)
         self.config.paths.admin_token.write_text(ADMIN_TOKEN + "\n")
         if not self.config.paths.sealing_key.exists():
@@ -147,15 +149,15 @@ class HttpsHub:
             strangers=Strangers(files.database, clock=lambda: self.now, seconds=lambda: self.now),
             admin_token=ADMIN_TOKEN,
             reload_broker=self._reload,
+            cut_off=lambda device, ordered_at: CutOff(True, self.broker_refuses, 3.3, ("its session was closed",)),
             broker_running=lambda: True,
             clock=lambda: self.now,
         )
-        settings = uvicorn.Config(
+        settings = https.settings(
             create_app(self.context),
+            self.config.paths,
             host="127.0.0.1",
             port=self.config.https.port,
-            ssl_keyfile=str(self.config.paths.server_key),
-            ssl_certfile=str(self.config.paths.server_certificate),
             log_level="warning",
         )
         self._server = uvicorn.Server(settings)

@@ -82,13 +82,37 @@ def test_what_does_not_belong_together_is_refused(authority: ca.Authority, tmp_p
     key_path, certificate_path = tmp_path / "ca.key", tmp_path / "ca.pem"
     key_path.write_bytes(key_pem(authority.key))
     certificate_path.write_bytes(authority.pem)
-    assert ca.load(key_path, certificate_path).sha256 == authority.sha256
+    assert ca.load(key_path, certificate_path, tmp_path / "none").sha256 == authority.sha256
     certificate_path.write_bytes(pem(ca.create(new_key(), name="other", now=NOW).certificate))
     with pytest.raises(SiteError, match="do not belong together"):
-        ca.load(key_path, certificate_path)
+        ca.load(key_path, certificate_path, tmp_path / "none")
     certificate_path.write_bytes(b"nothing")
     with pytest.raises(SiteError, match="cannot be read"):
-        ca.load(key_path, certificate_path)
+        ca.load(key_path, certificate_path, tmp_path / "none")
     key_path.unlink()
     with pytest.raises(SiteError, match="cannot be read"):
-        ca.load(key_path, certificate_path)
+        ca.load(key_path, certificate_path, tmp_path / "none")
+
+
+def test_an_encrypted_key_needs_its_passphrase(authority: ca.Authority, tmp_path: Path) -> None:
+    key_path, certificate_path, passphrase = tmp_path / "ca.key", tmp_path / "ca.pem", tmp_path / "passphrase"
+    key_path.write_bytes(key_pem(authority.key))
+    certificate_path.write_bytes(authority.pem)
+    assert not ca.is_encrypted(key_path)
+    with pytest.raises(SiteError, match="cannot be read"):
+        ca.encrypt(key_path, passphrase)
+    passphrase.write_text("correct horse\n")
+    ca.encrypt(key_path, passphrase)
+    assert ca.is_encrypted(key_path)
+    assert key_path.stat().st_mode & 0o777 == 0o600
+    assert ca.load(key_path, certificate_path, passphrase).key.private_numbers() == authority.key.private_numbers()
+    with pytest.raises(SiteError, match="cannot be read"):
+        pki.load_private_key(key_path)
+    for wrong, reason in (("other\n", "the hub's CA cannot be read"), ("\n", "holds no passphrase")):
+        passphrase.write_text(wrong)
+        with pytest.raises(SiteError, match=reason):
+            ca.load(key_path, certificate_path, passphrase)
+    passphrase.unlink()
+    with pytest.raises(SiteError, match="passphrase of the CA's key") as caught:
+        ca.load(key_path, certificate_path, passphrase)
+    assert "kept apart" in caught.value.advice

@@ -40,7 +40,7 @@ def _wish(folder: Path, **changes: object) -> Wish:
 def _is_whole(folder: Path) -> None:
     settings = config.load(folder / "hub.toml")
     paths = settings.paths
-    authority = ca.load(paths.ca_key, paths.ca_certificate)
+    authority = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
     hub = pki.load_identity(paths.hub_key, paths.hub_certificate)
     pki.Trust(authority.pem).check(hub.certificate_der, expected_name="hub", now=time.time())
     assert len(paths.admin_token.read_text().strip()) >= 32
@@ -56,7 +56,7 @@ def test_init_makes_a_hub_with_secrets_for_the_owner_only(tmp_path: Path) -> Non
     assert (settings.broker.port, settings.https.port) == (wish.mqtt_port, wish.https_port)
     _is_whole(tmp_path / "hub")
     for path in (tmp_path / "hub").rglob("*"):
-        if path.suffix == ".key" or path.name == "admin.token":
+        if path.suffix == ".key" or path.name in ("admin.token", "ca.passphrase"):
             assert path.stat().st_mode & 0o077 == 0, path
     text = (tmp_path / "hub" / "hub.toml").read_text()
     assert text.count("#") == config.default_text().count("#")
@@ -138,10 +138,31 @@ def test_a_bundle_that_is_none_and_a_path_that_is_a_file_are_refused(tmp_path: P
     _is_whole(tmp_path / "hub")
 
 
+def test_init_says_what_to_keep_apart_and_encrypt_ca_is_for_older_hubs(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    ports = ["--mqtt-port", str(free_port()), "--https-port", str(free_port())]
+    made = subprocess.run(
+        [*HUB, "init", "--data-dir", str(folder), *ports], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"Keep {folder / 'ca.passphrase'} apart" in made
+    assert (folder / "ca.passphrase").read_text().strip() not in made
+    command = [*HUB, "encrypt-ca", "--config", str(folder / "hub.toml")]
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, "is encrypted already" in again.stderr) == (3, True)
+    settings = config.load(folder / "hub.toml")
+    paths = settings.paths
+    plain = pki.private_key_pem(ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase).key)
+    paths.ca_key.write_bytes(plain)
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Older backups hold it as it was" in done
+    _is_whole(folder)
+    assert ca.is_encrypted(paths.ca_key)
+
+
 def test_the_hubs_own_certificates_are_renewed_in_time_and_for_a_new_name(tmp_path: Path) -> None:
     settings = setup.initialise(_wish(tmp_path / "hub"), now=time.time())
     paths = settings.paths
-    authority = ca.load(paths.ca_key, paths.ca_certificate)
+    authority = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
 
     def serials() -> list[int]:
         both = (paths.server_certificate, paths.hub_certificate)

@@ -131,12 +131,23 @@ def test_a_narrow_terminal_costs_no_name_or_figure() -> None:
         assert word in shown
 
 
+def test_revoking_says_what_the_broker_did_not_show(seeded: Fleet) -> None:
+    seeded.hub.broker_refuses = False
+    revoked = seeded("device", "revoke", "box-n1", "--yes")
+    assert revoked.code == terminal.EXIT_REFUSED
+    assert "not seen to be off" in revoked.out
+    assert seeded("device", "revoke", "box-n1", "--yes", "--json").value["cut_off"]["refuses"] is False  # type: ignore[index]
+
+
 def test_revoking_asks_first(seeded: Fleet) -> None:
     assert seeded("device", "revoke", "box-n1").code == terminal.EXIT_REFUSED
     shown = seeded("device", "show", "box-n1", "--json").value
     assert isinstance(shown, dict)
     assert shown["state"] == "online"
-    assert "is revoked" in seeded("device", "revoke", "box-n1", "--yes").out
+    revoked = seeded("device", "revoke", "box-n1", "--yes")
+    assert revoked.code == 0
+    for word in ("box-n1 is revoked", "ended by the broker", "off after 3 ms", "not authorised", "session was closed"):
+        assert word in revoked.out
     refused = seeded("device", "token", "box-n1")
     assert (refused.code, refused.err) == (1, "device box-n1 is revoked | add the box under a new name")
 

@@ -15,7 +15,7 @@ from cloud_hub.rollout import Stage
 from fleet_link import envelope
 from fleet_link.bus import BusConfig
 from fleet_link.messages import Receipt, ReleaseOffer, RoundAnswer, RoundClosed, RoundPlan
-from fleet_link.pki import load_identity, load_private_key, serial_hex
+from fleet_link.pki import Identity, load_identity, load_private_key, serial_hex
 from fleet_link.topics import Channel, Direction, Topic
 from models.bundle import SHIPPED, file_digest
 from tests.cloud_hub.box_twin import BoxTwin, new_id, until
@@ -453,6 +453,49 @@ def test_garbage_chunks_disturb_nobody(hub: LinkedHub) -> None:
     hub.until(lambda: b.verdicts(transfer))
     assert b.verdicts(transfer) == [(True, "")]
     assert hub.refusals("a")
+
+
+def test_a_renewed_certificate_goes_on_in_the_same_count(hub: LinkedHub) -> None:
+    """Messages of the former one and of the new one, in and out of order: each counts once."""
+    a = hub.boxes["a"]
+    first, second = a._sequence.next(), a._sequence.next()
+    said = say_at(a, first + 5)
+    hub.until(lambda: device(hub, "a").last_sequence == first + 5)
+    former, a.identity = a.identity, renewed_identity(hub, "a")
+    say_at(a, first + 7)
+    hub.until(lambda: device(hub, "a").last_sequence == first + 7)
+    say_at(a, second, identity=former)  # overtaken on its way
+    a.send_raw(said)  # MQTT repeats
+    say_at(a, first + 6)
+    until_heard = device(hub, "a").last_seen_at
+    a.heartbeat()
+    hub.until(lambda: device(hub, "a").last_seen_at != until_heard and hub.bus.receive(0) is None)
+    assert hub.refusals("a") == []
+    say_at(a, first + 7)  # its number was used
+    hub.until(lambda: hub.refusals("a"))
+    assert "was seen before" in hub.refusals("a")[0]
+
+
+def test_update_signed_with_a_renewed_certificate_still_counts(hub: LinkedHub) -> None:
+    a = hub.boxes["a"]
+    plan = hub.rounds.start()
+    hub.rounds.join("a", "b")
+    sealed = hub.rounds.boxes["a"].seal(plan, 0.01)
+    a.identity = renewed_identity(hub, "a")
+    transfer = a.upload(plan.round_id, sealed)
+    hub.until(lambda: a.verdicts(transfer))
+    assert a.verdicts(transfer) == [(True, "")]
+
+
+def say_at(box: BoxTwin, sequence: int, *, identity: Identity | None = None) -> bytes:
+    answer = RoundAnswer(message_id=new_id(), round_id="r-none", joins=False, examples=0)
+    return box.say(answer, identity=identity, sequence=sequence)
+
+
+def renewed_identity(hub: LinkedHub, name: str) -> Identity:
+    """Another certificate of the device, the former one as good as before."""
+    certificate, key = hub.rounds.files.device_files(hub.rounds.folder, name)
+    return load_identity(key, certificate)
 
 
 def replace_certificate(hub: LinkedHub, name: str) -> None:

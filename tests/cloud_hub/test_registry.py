@@ -129,7 +129,7 @@ def test_a_certificate_counts_for_its_own_device_until_it_is_revoked(hub: HubFil
 
 
 @pytest.mark.parametrize(
-    ("days", "words"), [(None, ""), (31, ""), (29.5, "ends in 29 days"), (0.5, "ends in 0 days"), (-1, "has ended")]
+    ("days", "words"), [(None, ""), (2.5, ""), (1.5, "ends in 36 hours"), (0.5, "ends in 12 hours"), (-1, "has ended")]
 )
 def test_the_operator_is_told_of_a_certificate_that_ends_soon(days: float | None, words: str) -> None:
     alarm = registry.certificate_alarm(None if days is None else NOW + days * 86400, now=NOW)

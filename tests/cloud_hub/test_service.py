@@ -40,7 +40,9 @@ class HubProcess:
         self.config = setup.initialise(wish, now=time.time())
         paths = self.config.paths
         self.files = HubFiles(
-            self.config, database.connect(paths.database), ca.load(paths.ca_key, paths.ca_certificate)
+            self.config,
+            database.connect(paths.database),
+            ca.load(paths.ca_key, paths.ca_certificate, self.config.ca_passphrase),
         )
         self.child: subprocess.Popen[bytes] | None = None
         self.boxes: list[BoxTwin] = []
@@ -222,7 +224,7 @@ def test_hub_restored_from_a_backup_made_as_the_readme_says_runs_and_knows_what_
     Repository(hub.config.paths).publish(candidate, round_id="r0001-5d0c3f2a", now=time.time())
     for name in ("ca", "keys", "releases"):
         shutil.copytree(data_dir / name, backup / name)
-    for name in ("hub.toml", "fleet.toml", "admin.token"):
+    for name in ("hub.toml", "fleet.toml", "admin.token", "ca.passphrase"):
         shutil.copy2(data_dir / name, backup / name)
     hub.files.database.close()
     shutil.rmtree(data_dir)

@@ -72,11 +72,13 @@ def test_a_declined_round_tells_its_reason(box: Box) -> None:
     assert (status.state, len(status.reason)) == ("declined", ledger.MAX_REASON_CHARACTERS)
 
 
-def test_a_certificate_in_its_last_month_is_an_alarm(box: Box) -> None:
-    ends = time.time() + box.enrolled.days_left(time.time()) * 86400.0
-    assert health.certificate_notices(box.enrolled, ends - 30.5 * 86400.0) == []
-    (soon,) = health.certificate_notices(box.enrolled, ends - 29.5 * 86400.0)
-    assert "ends in 29 days" in soon
+def test_a_certificate_that_was_not_renewed_is_told(box: Box) -> None:
+    """A life of 91 days: renewed from day 60.7 on, told from day 75.8 on."""
+    start, ends = box.enrolled.life
+    assert round((ends - start) / 86400.0) == 91
+    assert health.certificate_notices(box.enrolled, start + 75.5 * 86400.0) == []
+    (soon,) = health.certificate_notices(box.enrolled, start + 76.5 * 86400.0)
+    assert "ends in 14 days" in soon
     assert "enroll --replace" in soon
     (late,) = health.certificate_notices(box.enrolled, ends + 1.0)
     assert "has expired" in late

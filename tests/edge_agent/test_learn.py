@@ -296,7 +296,7 @@ def start_round(box: Box, key: bytes, **changes: object) -> None:
 
 
 def learner(box: Box) -> Learner:
-    return Learner(box.config, box.holder, box.enrolled.identity, time.time)
+    return Learner(box.config, box.holder, box.enrolled, time.time)
 
 
 @pytest.mark.slow

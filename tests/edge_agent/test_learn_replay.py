@@ -206,7 +206,7 @@ def join(box: Box, round_id: str, **changes: object) -> None:
     key = sealing.public_bytes(sealing.new_sealing_key(box.data_dir / f"{round_id}.key"))
     ledger.invite(box.db, make_plan(box.holder.current.digest, key, round_id=round_id, **changes), 0.0)
     ledger.apply(box.db, box.data_dir, round_id, Event.ADMITTED, 0.0, ledger.Outcome(examples=2))
-    Learner(box.config, box.holder, box.enrolled.identity, time.time).step(box.db, Never())  # type: ignore[arg-type]
+    Learner(box.config, box.holder, box.enrolled, time.time).step(box.db, Never())  # type: ignore[arg-type]
 
 
 def review_many(box: Box, name: str, count: int) -> None:

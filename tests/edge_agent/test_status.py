@@ -26,7 +26,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
 def certify(box: Box, *, days: float) -> None:
     """A certificate that ends in so many days."""
     here = identity.folder(box.data_dir)
-    write_identity(here.path, AUTHORITY.issue(DEVICE, from_days=-60, to_days=days))
+    write_identity(here.path, AUTHORITY.issue(DEVICE, from_days=-100, to_days=days))
     (here.path / f"{DEVICE}.pem").replace(here.certificate)
     (here.path / f"{DEVICE}.key").replace(here.key)
 
@@ -35,6 +35,7 @@ def certify(box: Box, *, days: float) -> None:
     ("days", "left", "level", "alarm"),
     [
         (60.5, 60, Level.OK, ""),
+        (30.5, 30, Level.OK, ""),
         (12.5, 12, Level.WARNING, "the certificate ends in 12 days"),
         (-0.5, -1, Level.ERROR, "the certificate has expired"),
     ],
