@@ -18,6 +18,7 @@ from models.errors import BundleError
 from models.spec import IMPORTED, MODALITIES, InputSpec, TaskSpec
 
 NANO, TINY, SMALL, BASE = "hybrid-nano", "hybrid-tiny", "hybrid-small", "hybrid-base"
+LOOK_PARTS = 4  # mean, spread, middle, edges: numbers of a look for each frozen feature
 STRIDE = 32  # the input's side is a multiple of it
 FAR = 1e4  # what a padded slice or another modality's label is pushed away by
 
@@ -104,7 +105,7 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         self.head = nn.Linear(features, len(config.label_modality))
         initialise(self)
         self.attention_heads, self.input_px = config.attention_heads, config.input_px
-        labels, look = len(config.label_modality), 2 * second
+        labels, look = len(config.label_modality), LOOK_PARTS * second
         self.ood_stages = copy.deepcopy(self.texture_stages())
         self.register_buffer("ood_mean_KD", torch.zeros(labels, look))
         self.register_buffer("ood_whiten_DD", torch.eye(look))
@@ -126,16 +127,15 @@ class Hybrid(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
         self.ood_stages.load_state_dict(self.texture_stages().state_dict())
 
     def look(self, slices_BSHW: Tensor, slice_mask_BS: Tensor) -> Tensor:
-        """look_BD: mean and spread of each frozen feature over the places, averaged over the real slices.
-
-        At half the resolution: a quarter of the cost.
+        """look_BD: of each frozen feature its mean and spread over all places, its mean in the middle and at the edges,
+        averaged over the real slices. What lies at the edges tells collimation and cropping, which differ between hospitals.
         """
         batch, slices, height, width = slices_BSHW.shape
-        half_NCHW = functional.avg_pool2d(slices_BSHW.reshape(batch * slices, 1, height, width), 2)
-        map_NCL = self.ood_stages(half_NCHW).flatten(2)
-        mean_NC1 = map_NCL.mean(2, keepdim=True)
-        spread_NC = ((map_NCL - mean_NC1).square().mean(2) + 1e-6).sqrt()
-        look_BSD = torch.cat([mean_NC1.squeeze(2), spread_NC], 1).reshape(batch, slices, -1)
+        map_NChw = self.ood_stages(slices_BSHW.reshape(batch * slices, 1, height, width))
+        places_NCL = map_NChw.flatten(2)
+        mean_NC = places_NCL.mean(2)
+        spread_NC = ((places_NCL - mean_NC.unsqueeze(2)).square().mean(2) + 1e-6).sqrt()
+        look_BSD = torch.cat([mean_NC, spread_NC, _middle(map_NChw), _edges(map_NChw)], 1).reshape(batch, slices, -1)
         real_BS1 = slice_mask_BS.to(look_BSD.dtype).unsqueeze(2)
         return (look_BSD * real_BS1).sum(1) / real_BS1.sum(1)
 
@@ -259,6 +259,18 @@ def _over_places(context: nn.Module, x_NDhw: Tensor) -> Tensor:
     """Each place as one token."""
     features, h, w = x_NDhw.shape[1:]
     return context(x_NDhw.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(-1, features, h, w)
+
+
+def _middle(map_NChw: Tensor) -> Tensor:
+    """Mean over the places of the middle half of each side."""
+    h, w = map_NChw.shape[2:]
+    return map_NChw[:, :, h // 4 : h - h // 4, w // 4 : w - w // 4].mean((2, 3))
+
+
+def _edges(map_NChw: Tensor) -> Tensor:
+    """Mean over the places of the four sides; each side counts alike."""
+    sides = (map_NChw[:, :, 0], map_NChw[:, :, -1], map_NChw[:, :, :, 0], map_NChw[:, :, :, -1])
+    return torch.stack([side.mean(2) for side in sides]).mean(0)
 
 
 def initialise(network: nn.Module) -> None:
