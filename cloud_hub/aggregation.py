@@ -19,16 +19,14 @@ class RunningSum:
     """Σ n_i·Δ_i and Σ n_i. The order of adding changes the mean by no more than float64 rounding."""
 
     def __init__(self, shapes: Shapes) -> None:
+        self._shapes = dict(shapes)
         self._sum = {name: np.zeros(shape, dtype=np.float64) for name, shape in shapes.items()}
         self._weight = 0
         self.updates = 0
 
     def add(self, delta: Mapping[str, NDArray[np.float32]], weight: int) -> None:
-        """Add one device's delta, all of it or nothing.
-
-        Raises TrustError on a missing or foreign tensor, a wrong shape, NaN or infinity, or no weight.
-        """
-        self._check(delta, weight)
+        """Add one device's delta, all of it or nothing. Raises TrustError as check_update does."""
+        check_update(delta, weight, self._shapes)
         for name, values in delta.items():
             # One tensor's product at a time: float32 would lose the small deltas of many devices.
             self._sum[name] += np.multiply(values, weight, dtype=np.float64)
@@ -41,17 +39,18 @@ class RunningSum:
             raise TrustError("no update to average", advice="wait for devices to deliver")
         return {name: (total / self._weight).astype(np.float32) for name, total in self._sum.items()}
 
-    def _check(self, delta: Mapping[str, NDArray[np.float32]], weight: int) -> None:
-        if weight < 1:
-            raise TrustError(f"an update of {weight} examples has no weight", advice="inspect the device")
-        if delta.keys() != self._sum.keys():
-            names = sorted(delta.keys() ^ self._sum.keys())
-            raise TrustError(f"tensors do not match the base: {', '.join(names)[:200]}", advice="inspect the device")
-        for name, values in delta.items():
-            if values.shape != self._sum[name].shape:
-                raise TrustError(
-                    f"{name} has shape {values.shape}, the base has {self._sum[name].shape}",
-                    advice="inspect the device",
-                )
-            if not np.isfinite(values).all():
-                raise TrustError(f"{name} holds NaN or infinity", advice="inspect the device's training")
+
+def check_update(delta: Mapping[str, NDArray[np.floating]], weight: int, shapes: Shapes) -> None:
+    """Raises TrustError on a missing or foreign tensor, a wrong shape, NaN or infinity, or no weight."""
+    if weight < 1:
+        raise TrustError(f"an update of {weight} examples has no weight", advice="inspect the device")
+    if delta.keys() != shapes.keys():
+        names = sorted(delta.keys() ^ shapes.keys())
+        raise TrustError(f"tensors do not match the base: {', '.join(names)[:200]}", advice="inspect the device")
+    for name, values in delta.items():
+        if values.shape != tuple(shapes[name]):
+            raise TrustError(
+                f"{name} has shape {values.shape}, the base has {tuple(shapes[name])}", advice="inspect the device"
+            )
+        if not np.isfinite(values).all():
+            raise TrustError(f"{name} holds NaN or infinity", advice="inspect the device's training")
