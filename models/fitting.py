@@ -122,7 +122,9 @@ class _Run:
     def __init__(self, network: Hybrid, examples: Sequence[Example], plan: TrainingPlan, parallel: Parallel) -> None:
         self._network, self._examples, self._plan, self._parallel = network, examples, plan, parallel
         self._device = parallel.device
-        network.to(self._device, memory_format=torch.channels_last)
+        # Norms alone: torch 2.13 crashes in GroupNorm's backward pass over a channels-last input that needs no gradient.
+        layout = torch.contiguous_format if plan.trainable == "norms" else torch.channels_last
+        network.to(self._device, memory_format=layout)
         self._adapted = Adapted(network, plan.rank, plan.seed) if plan.trainable == "adapters" else None
         self._parameters = self._choose_parameters()
         self._start = [parameter.detach().clone() for parameter in self._parameters] if plan.proximal else []

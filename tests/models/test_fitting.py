@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from models.errors import ModelError
 from models.examples import Example, batches, class_weights
@@ -167,3 +168,23 @@ def test_a_rare_label_counts_more_in_the_loss() -> None:
     assert plain > 0
     weighted = Objective(network, class_weights([normal] * 3 + [nodule]))(rare, rare)
     assert weighted.item() == pytest.approx(2 * plain, rel=1e-5)
+
+
+def test_norms_alone_are_trained_and_nothing_else() -> None:
+    """In the memory format of the other ways to train, torch 2.13 dies of it at this size."""
+
+    from models.delta import trainable_names
+    from models.fitting import train
+    from models.network import NANO, Hybrid, config_of
+    from models.spec import InputSpec
+
+    torch.manual_seed(0)
+    own = structs.replace(cases("XR", 1)[0].task, offset=0)
+    network = Hybrid(config_of(NANO, [own], [InputSpec("XR", size=64, max_slices=1, normalisation="percentile")]))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    example = cases("XR", 1)[0]
+    small = replace(example, slices_SHW=example.slices_SHW[:1, :64, :64], task=own)
+    train(network, [small], plan(trainable="norms"), quiet)
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("norm" in name for name in moved)
+    assert moved <= set(trainable_names(before, "norms"))
