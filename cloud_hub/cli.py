@@ -1,6 +1,6 @@
-"""`hub`: make a hub, run it, ask how it is, encrypt the key of its CA.
+"""`hub`: make a hub, run it, ask how it is, make its next intermediate, encrypt the key of its CA.
 
-Writes the data directory (`init`, `encrypt-ca`); starts cloud_hub.service (`run`); asks the running hub's API (`status`).
+Writes the data directory (`init`, `new-intermediate`, `encrypt-ca`); starts cloud_hub.service (`run`); asks the running hub's API (`status`).
 Never prints the admin token.
 Source: Typer; exit codes 0 done, 2 wrong usage, 3 a setting or the machine is wrong or the hub is away, 4 not trusted.
 """
@@ -23,7 +23,8 @@ app = typer.Typer(
     help="The hub of a Wardround fleet: certificates, rounds, releases.",
     epilog="First: hub init --data-dir DIR --host NAME, then hub run --config DIR/hub.toml, then fleet --help. "
     "Backup, also while it runs: sqlite3 DIR/hub.db \".backup 'TO/hub.db'\" first, then copy hub.toml, fleet.toml, "
-    "admin.token, ca/, keys/ and releases/; ca/ and keys/ are secrets. Keep ca.passphrase apart from that, once.",
+    "admin.token, ca/, keys/ and releases/; ca/ and keys/ are secrets. Keep ca.passphrase apart from that, once; ca/root.key and "
+    "root.passphrase belong offline.",
 )
 ConfigPath = Annotated[Path, typer.Option("--config", help="The hub's hub.toml.")]
 DEFAULT_CONFIG = Path("hub.toml")
@@ -52,6 +53,7 @@ def init(
     out.print(f"  work on it  fleet --config {folder / 'fleet.toml'} site add NAME", soft_wrap=True)
     out.print(f"Keep {folder / 'ca'} and {folder / 'keys'} in a safe backup.", soft_wrap=True)
     out.print(_kept_apart(settings), soft_wrap=True)
+    out.print(_offline(settings), soft_wrap=True)
 
 
 @app.command()
@@ -60,6 +62,29 @@ def run(config_path: ConfigPath = DEFAULT_CONFIG) -> None:
     settings = config.load(config_path)
     set_up_logging(settings.hub.log_level)
     service.run(settings)
+
+
+@app.command("new-intermediate")
+def new_intermediate(
+    config_path: ConfigPath = DEFAULT_CONFIG,
+    root_key: Annotated[
+        Path | None, typer.Option(help="The root's key, wherever it is kept; else ca/root.key.")
+    ] = None,
+    root_passphrase: Annotated[
+        Path | None, typer.Option(help="File with its passphrase; else root.passphrase in the data directory.")
+    ] = None,
+) -> None:
+    """Make the intermediate that signs certificates from next week on. May be done while the hub runs.
+
+    The one before stays valid until its end, with all that it has signed.
+    """
+    settings = config.load(config_path)
+    paths = settings.paths
+    made = setup.new_intermediate(
+        settings, root_key or paths.root_key, root_passphrase or paths.root_passphrase, now=time.time()
+    )
+    out.print(f"There is a new intermediate. It signs from {made.signs_from:%Y-%m-%d} on.", soft_wrap=True)
+    out.print(f"Take the root's key away again, and back {paths.ca_key.parent} up now.", soft_wrap=True)
 
 
 @app.command("encrypt-ca")
@@ -92,6 +117,13 @@ def _kept_apart(settings: config.Config) -> str:
     return (
         f"Keep {settings.ca_passphrase} apart from it, offline: it opens the CA's key, and without it no restored hub"
         " issues a certificate. systemd can hold it instead: certificates.ca_passphrase in hub.toml."
+    )
+
+
+def _offline(settings: config.Config) -> str:
+    return (
+        f"Move {settings.paths.root_key} and {settings.paths.root_passphrase} offline, to two places: the hub runs"
+        " without them, and needs them once in some years (hub new-intermediate)."
     )
 
 

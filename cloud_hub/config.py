@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from fleet_link.errors import SiteError
+from fleet_link.messages import COHORT
 
 CREDENTIAL = "credential:"
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -63,7 +64,9 @@ class CertificatesSection(_Section, frozen=True, kw_only=True):
 class RoundsSection(_Section, frozen=True, kw_only=True):
     loop_s: Annotated[float, Meta(gt=0.0, le=60.0)]
     deadline_s: Annotated[float, Meta(ge=10.0, le=30 * 86400.0)]
+    stage_s: Annotated[float, Meta(ge=1.0, le=86400.0)]
     min_devices: Positive
+    min_cohort: Annotated[int, Meta(ge=2, le=COHORT)]
     min_examples: Positive
     epochs: Annotated[int, Meta(ge=1, le=1000)]
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
@@ -96,6 +99,15 @@ class Paths:
     @property
     def ca_certificate(self) -> Path:
         return self.data_dir / "ca" / "ca.pem"
+
+    @property
+    def root_key(self) -> Path:
+        """Needed for a new intermediate only: it may lie elsewhere, offline."""
+        return self.data_dir / "ca" / "root.key"
+
+    @property
+    def root_passphrase(self) -> Path:
+        return self.data_dir / "root.passphrase"
 
     @property
     def crl(self) -> Path:

@@ -113,7 +113,7 @@ def _certificate(authority: Authority, device: str) -> Iterator[ssl.SSLContext]:
     """The TLS of a client of this name. The registry does not know its certificate: no message signed by it would count."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = authority.issue_device(key.public_key(), device, days=LIFE_DAYS, now=time.time())
-    pem = certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
+    pem = authority.chain_pem(certificate) + key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     context = ssl.create_default_context(cadata=authority.pem.decode("ascii"))

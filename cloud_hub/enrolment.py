@@ -52,10 +52,8 @@ class Claim:
 
 
 def routes(context: Context) -> list[Route]:
-    trust = pki.Trust(context.authority.pem)
-
     def cacerts(request: Request) -> Response:
-        return _pkcs7(context.authority.certificate)
+        return _pkcs7(*context.authority.certificates)
 
     def bootstrap(request: Request) -> Response:
         """Where the broker is and which TUF root to start from, for whoever holds a token that is not void."""
@@ -94,7 +92,7 @@ def routes(context: Context) -> list[Route]:
         now = context.clock()
         shown = shown_certificate(request.scope)
         try:
-            former = check_shown(shown, trust, context.config.certificates.renew_grace_days, now=now)
+            former = check_shown(shown, context.authority.trust, context.config.certificates.renew_grace_days, now=now)
             certificate = renew(context, former, *parse_csr(body), now=now)
         except EnrolmentRefusedError as error:
             context.strangers.refused(device=_name_in(shown), what="renewal", reason=str(error))
@@ -290,8 +288,9 @@ def _row(certificate: x509.Certificate, public_key: ec.EllipticCurvePublicKey, d
     )
 
 
-def _pkcs7(certificate: x509.Certificate) -> Response:
-    der = pkcs7.serialize_certificates([certificate], serialization.Encoding.DER)
+def _pkcs7(*certificates: x509.Certificate) -> Response:
+    """In no order: PKCS #7 has a set of them."""
+    der = pkcs7.serialize_certificates(list(certificates), serialization.Encoding.DER)
     headers = {"Content-Transfer-Encoding": "base64"}
     return Response(
         base64.encodebytes(der), media_type="application/pkcs7-mime; smime-type=certs-only", headers=headers

@@ -1,6 +1,6 @@
 """The HTTPS listener: TLS in which a caller may show a certificate of this hub's CA, and the app sees it.
 
-Reads the server's key and certificate and the CA; puts what was shown into ASGI's extension `tls`.
+Reads the server's key and certificate with its intermediate, and the CA; puts what was shown into ASGI's extension `tls`.
 Never asks a caller for a certificate, and never judges one further than its signature: its end is the route's matter.
 Source: ASGI TLS extension 0.2 (client_cert_chain); X509_V_FLAG_NO_CHECK_TIME, openssl X509_VERIFY_PARAM_set_flags(3).
 """

@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Iterable
 
+from cryptography.x509 import load_pem_x509_certificate
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
@@ -157,12 +158,12 @@ def write_access(database: Database, authority: Authority, config: Config, *, no
     with database.reading() as session:
         active = session.scalars(select(Device.device).where(Device.revoked_at.is_(None)).order_by(Device.device)).all()
         revoked = session.execute(
-            select(Certificate.serial, Certificate.revoked_at).where(
+            select(Certificate.pem, Certificate.revoked_at).where(
                 Certificate.revoked_at.is_not(None), Certificate.not_after > now
             )
         ).all()
-    serials = [(int(serial, 16), revoked_at) for serial, revoked_at in revoked if revoked_at is not None]
-    crl = authority.revocation_list(serials, days=config.certificates.crl_days, now=now)
+    listed = [(load_pem_x509_certificate(pem.encode()), revoked_at) for pem, revoked_at in revoked if revoked_at]
+    crl = authority.revocation_list(listed, days=config.certificates.crl_days, now=now)
     write_durably(config.paths.crl, crl, mode=0o644)
     write_durably(config.paths.broker / "acl", acl_text(active).encode(), mode=0o644)
 

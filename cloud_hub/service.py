@@ -34,7 +34,7 @@ from cloud_hub.releases import Repository
 from cloud_hub.strangers import TELL_S, Strangers
 from fleet_link import files, notify, sealing
 from fleet_link.errors import SiteError, WardroundError
-from fleet_link.pki import Trust, load_identity
+from fleet_link.pki import load_identity
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run(config: Config) -> None:
         hub = database.connect(config.paths.database)
         stack.callback(hub.close)
         repository = Repository(config.paths)
-        trust = Trust(config.paths.ca_certificate.read_bytes())
+        trust = authority.trust  # it takes up a new intermediate with it
         # 2. Half-done work, before any port opens.
         repository.renew(time.time())
         vault = Vault(sealing.load_sealing_key(config.paths.sealing_key), trust, config.rounds.examples_cap)
@@ -156,6 +156,11 @@ def _renew(config: Config, authority: Authority, tls: ssl.SSLContext, link: Link
     if is_renewed:
         log.info("the hub's own certificates: renewed")
         broker.reload()
+    if setup.take_up_intermediate(config, authority):
+        tls.load_verify_locations(config.paths.ca_certificate)
+        broker.reload()
+    if trouble := authority.trouble(time.time()):
+        log.warning("%s", trouble)
 
 
 def _broker(config: Config, hub: Database, authority: Authority, strangers: Strangers) -> Broker:

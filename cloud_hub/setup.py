@@ -1,7 +1,7 @@
-"""Make a hub: authority, certificates, keys, first release, admin token, configuration of hub and `fleet`.
+"""Make a hub: root and intermediate, certificates, keys, first release, admin token, configuration of hub and `fleet`.
 
 Writes the data directory; every step keeps what is there, so an interrupted `hub init` is completed by the next.
-Never replaces a key: a finished hub is refused, with advice.
+Never replaces a key: a finished hub is refused, with advice. Another intermediate stands beside the one before.
 Source: ARCHITECTURE.md, "The link" and "Releases".
 """
 
@@ -14,11 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloud_hub import ca, config, database, releases
-from cloud_hub.ca import Authority
+from cloud_hub.ca import Authority, Issuer
 from cloud_hub.config import Config
 from fleet_link import pki, sealing
 from fleet_link.errors import SiteError
@@ -74,10 +73,9 @@ def make_identity(settings: Config, *, now: float) -> Authority:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     if not paths.ca_certificate.exists():
-        key = _ca_key(settings)
-        write_durably(
-            paths.ca_certificate, ca.create(key, name=f"Wardround hub {settings.https.host}", now=now).pem, mode=0o644
-        )
+        root = ca.new_root(_root_key(settings), name=f"Wardround hub {settings.https.host}", now=now)
+        intermediate = _new_intermediate(settings, root, 0, now)
+        write_durably(paths.ca_certificate, pki.pem([root.certificate, intermediate]), mode=0o644)
     authority = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
     renew_own_certificates(settings, authority, now=now)
     if not paths.sealing_key.exists():
@@ -98,12 +96,12 @@ def renew_own_certificates(settings: Config, authority: Authority, *, now: float
     server_key = _key(paths.server_key)
     if not _serves(paths.server_certificate, server_key, names, now):
         issued = authority.issue_server(server_key.public_key(), names, days=days, now=now)
-        write_durably(paths.server_certificate, issued.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        write_durably(paths.server_certificate, authority.chain_pem(issued), mode=0o644)
         renewed = True
     hub_key = _key(paths.hub_key)
     if not _serves(paths.hub_certificate, hub_key, [], now):
         issued = authority.issue_hub(hub_key.public_key(), days=days, now=now)
-        write_durably(paths.hub_certificate, issued.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        write_durably(paths.hub_certificate, authority.chain_pem(issued), mode=0o644)
         renewed = True
     return renewed
 
@@ -122,31 +120,84 @@ def _serves(path: Path, key: ec.EllipticCurvePrivateKey, names: list[str], now: 
     return certificate.public_key() == key.public_key() and is_fresh and present.issuperset(names)
 
 
+def new_intermediate(settings: Config, root_key: Path, root_passphrase: Path, *, now: float) -> Issuer:
+    """The next intermediate, in ca.pem with its key beside it; also while the hub runs. Raises SiteError.
+
+    It signs when the boxes have had the time to learn of it; until then, and beside it, the one before goes on.
+    """
+    paths = settings.paths
+    authority = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
+    if authority.is_single:
+        raise SiteError(
+            "this hub was made with one CA, which signs by itself and can have no intermediate",
+            advice="it goes on as it is; for an intermediate make a new hub and move the boxes to it with new tokens",
+        )
+    number, last = len(authority.issuers), authority.issuers[-1]
+    if number > 1 and datetime.fromtimestamp(now, UTC) < last.signs_from:
+        raise SiteError("there is a new intermediate already", advice=f"it signs from {last.signs_from:%Y-%m-%d} on")
+    root = Issuer(ca.load_key(root_key, root_passphrase), authority.root)
+    if root.key.public_key() != authority.root.public_key():
+        raise SiteError(f"{root_key} is not the key of this hub's root", advice="give --root-key the one kept offline")
+    certificate = _new_intermediate(settings, root, number, now)
+    write_durably(paths.ca_certificate, pki.pem([*authority.certificates, certificate]), mode=0o644)
+    return ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase).issuers[-1]
+
+
+def take_up_intermediate(settings: Config, authority: Authority) -> bool:
+    """True when ca.pem has others than the running hub knew. Raises SiteError."""
+    paths = settings.paths
+    if ca.read_certificates(paths.ca_certificate) == authority.certificates:
+        return False
+    found = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
+    if found.root != authority.root:
+        raise SiteError("ca.pem has another root than the hub that runs", advice="restore ca/ from one backup")
+    authority.take_up(found)
+    last = authority.issuers[-1]
+    log.info("the hub has another intermediate; it signs from %s on", f"{last.signs_from:%Y-%m-%d}")
+    return True
+
+
 def encrypt_ca(settings: Config) -> None:
     """For a hub made before its CA's key was encrypted; also while it runs. Raises SiteError."""
     paths = settings.paths
     if ca.is_encrypted(paths.ca_key):
         raise SiteError(f"{paths.ca_key} is encrypted already", advice=f"its passphrase: {settings.ca_passphrase}")
     ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
-    _passphrase(settings)
+    _ca_passphrase(settings)
     ca.encrypt(paths.ca_key, settings.ca_passphrase)
     log.warning("the CA's key is encrypted from now on")
 
 
-def _ca_key(settings: Config) -> ec.EllipticCurvePrivateKey:
-    """Made on first use, with its passphrase; the plain one of an `init` that an earlier version began is kept."""
-    path = settings.paths.ca_key
+def _new_intermediate(settings: Config, root: Issuer, number: int, now: float) -> x509.Certificate:
+    """For a key on disk. It counts once it stands in ca.pem: one that was cut off before that is made anew."""
+    path = ca.successor(settings.paths.ca_key, number)
+    key = _encrypted_key(path, settings.ca_passphrase, _ca_passphrase(settings))
+    name = f"Wardround intermediate {number + 1} {settings.https.host}"
+    return ca.new_intermediate(root, key.public_key(), name=name, now=now)
+
+
+def _root_key(settings: Config) -> ec.EllipticCurvePrivateKey:
+    paths = settings.paths
+    return _encrypted_key(paths.root_key, paths.root_passphrase, _made_passphrase(paths.root_passphrase))
+
+
+def _encrypted_key(path: Path, passphrase_path: Path, passphrase: bytes) -> ec.EllipticCurvePrivateKey:
+    """Made on first use; the plain one of an `init` that an earlier version began is kept."""
     if not path.exists():
-        return pki.new_private_key(path, passphrase=_passphrase(settings))
-    if ca.is_encrypted(path):
-        return pki.load_private_key(path, passphrase=ca.read_passphrase(settings.ca_passphrase))
-    return _key(path)
+        return pki.new_private_key(path, passphrase=passphrase)
+    return ca.load_key(path, passphrase_path)
 
 
-def _passphrase(settings: Config) -> bytes:
-    """That of the operator, or a new one, 0600. Raises SiteError where a credential of systemd is not there."""
-    path = settings.ca_passphrase
-    if not path.exists() and not settings.certificates.ca_passphrase.startswith(config.CREDENTIAL):
+def _ca_passphrase(settings: Config) -> bytes:
+    """That of the operator, or a new one. Raises SiteError where a credential of systemd is not there."""
+    if settings.certificates.ca_passphrase.startswith(config.CREDENTIAL):
+        return ca.read_passphrase(settings.ca_passphrase)
+    return _made_passphrase(settings.ca_passphrase)
+
+
+def _made_passphrase(path: Path) -> bytes:
+    """0600, made on first use."""
+    if not path.exists():
         pki.write_secret(path, (secrets.token_urlsafe(32) + "\n").encode())
     return ca.read_passphrase(path)
 

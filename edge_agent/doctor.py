@@ -199,9 +199,7 @@ def _hub(config: Config) -> Iterator[Check]:
         )
     try:
         context = ssl.create_default_context(cafile=str(enrolled.folder.ca))
-        answer = httpx.get(
-            f"{address.hub_url}/.well-known/est/cacerts", verify=context, timeout=TIMEOUT_S, trust_env=False
-        )
+        answer = httpx.get(f"{address.hub_url}{identity.CACERTS}", verify=context, timeout=TIMEOUT_S, trust_env=False)
         theirs = parsedate_to_datetime(answer.headers["date"]).replace(tzinfo=UTC).timestamp()
     except (httpx.HTTPError, ssl.SSLError, KeyError, ValueError) as error:
         yield Check("hub", Level.ERROR, f"{address.hub_url}: {error}", "check firewall and hub")

@@ -12,22 +12,22 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from edge_agent import bundles, database, ledger, replay
+from edge_agent import bundles, database, identity, ledger, replay
 from edge_agent.identity import Enrolled
 from edge_agent.ledger import Outcome
-from edge_agent.rounds import Event, State
+from edge_agent.rounds import COUNTED, Event, State
 from fleet_link import pki
 
 log = logging.getLogger(__name__)
 
 HIGHEST_SEQUENCE = "hub_sequence"  # counter: of the hub's messages
-HUB = "hub"  # counter: the first 48 bits of the fingerprint of the hub's CA
+HUB = "hub"  # counter: the first 48 bits of the fingerprint of the hub's root; its intermediates come and go
 CERTIFICATE = "certificate"  # counter: and of the certificate of this box
 
 
 def follow(db: sqlite3.Connection, data_dir: Path, enrolled: Enrolled, now: float) -> None:
     """At start and after a renewal. Killed in the middle, the next start does it again: the counters come last."""
-    _follow_hub(db, data_dir, _mark(enrolled.folder.ca.read_bytes()), now)
+    _follow_hub(db, data_dir, _mark(identity.root_pem(enrolled.folder)), now)
     ours = _mark(enrolled.identity.certificate_der)
     if database.counter(db, CERTIFICATE) not in (0, ours, _renewed(enrolled, now)):
         _drop_sealed(db, data_dir, now)
@@ -59,9 +59,8 @@ def _drop_sealed(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
     One that the hub has counted is not made twice: without its file, a hub that asks for it once more hears so.
     """
     for known in ledger.in_states(db, State.UPLOADING):
-        log.info("round %s: its update was sealed with the certificate before; training again", known.round_id)
-        ledger.apply(db, data_dir, known.round_id, Event.LOST, now, Outcome(reason=""))
-    for known in ledger.in_states(db, State.DELIVERED):
+        ledger.lose_update(db, data_dir, known, "its update was sealed with the certificate before", now)
+    for known in ledger.in_states(db, *COUNTED):
         if known.update_path:
             (data_dir / known.update_path).unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
-"""Who this box is: its key, its certificate, the fleet's CA, and how it got them (enrolment, renewal).
+"""Who this box is: its key, its certificate, the fleet's CA with its intermediates, and how it got them (enrolment, renewal).
 
 Reads a one-time token; talks HTTPS to the hub; writes identity.new/ or identity.renewed/, device.pem last, then identity/.
-Never sends the private key; never trusts a hub whose CA is not the one in the token.
+Never sends the private key; never trusts a hub whose root is not the one in the token, nor an intermediate that it has not signed.
 Source: EST, RFC 7030 sections 4.1 and 4.2; PKCS #7 certs-only, RFC 5272.
 """
 
@@ -29,6 +29,7 @@ from fleet_link.files import move_durably, write_durably
 MAX_REPLY_BYTES = 1024 * 1024
 TIMEOUT_S = 20.0
 DAY_S = 86400.0
+CACERTS = "/.well-known/est/cacerts"
 NEW_TOKEN = "ask for a new token on the hub: `fleet device token DEVICE`"  # noqa: S105 - advice, no secret
 
 
@@ -73,6 +74,7 @@ class Folder:
 
     @property
     def ca(self) -> Path:
+        """The root that the token pinned, then the intermediates that the hub has shown."""
         return self.path / "ca.pem"
 
     @property
@@ -170,12 +172,12 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
     here = draft(data_dir)
     here.tuf.mkdir(mode=0o700, parents=True, exist_ok=True)
     here.path.chmod(0o700)
-    # 1. The CA, fetched without trust and pinned by the token's fingerprint.
-    ca = _pinned_ca(token)
-    with _client(token.hub_url, _tls(ca), (token.device, token.secret)) as hub:
+    # 1. The root, fetched without trust and pinned by the token's fingerprint; with it the intermediates it has signed.
+    authorities = _pinned_authorities(token)
+    with _client(token.hub_url, _tls(authorities[0]), (token.device, token.secret)) as hub:
         # 2. Where the broker is and the root of releases, over a connection that this CA vouches for.
         bootstrap = _bootstrap(hub, token)
-        write_durably(here.ca, ca.public_bytes(Encoding.PEM), mode=0o644)
+        write_durably(here.ca, pki.pem(authorities), mode=0o644)
         write_durably(here.tuf_root, _base64(bootstrap.tuf_root, "release root"), mode=0o644)
         address = HubAddress(token.device, token.hub_url, bootstrap.mqtt_host, bootstrap.mqtt_port)
         write_durably(here.address, msgspec.json.encode(address), mode=0o644)
@@ -183,8 +185,8 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
         key = pki.load_private_key(here.key) if here.key.exists() else pki.new_private_key(here.key)
         certificate = _certificate(hub, pki.build_csr(key, token.device), "simpleenroll")
     # 4. Only a certificate of this key, this name and this CA is kept.
-    _check_certificate(certificate, key, token.device, ca)
-    write_durably(here.certificate, certificate.public_bytes(Encoding.PEM), mode=0o644)
+    _check_certificate(certificate, key, token.device, authorities)
+    write_durably(here.certificate, pki.chain_pem(certificate, authorities), mode=0o644)
     settle(data_dir)
     return load(data_dir)
 
@@ -192,7 +194,7 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
 def settle(data_dir: Path) -> None:
     """Put a whole draft into its place; at start too, for an enrolment or renewal that was killed. Raises SiteError.
 
-    The old identity goes when the new one is whole. With the same CA it is the same hub: what this box has seen of its
+    The old identity goes when the new one is whole. With the same root it is the same hub: what this box has seen of its
     releases stays, so that none of them can be rolled back.
     """
     new, old = draft(data_dir), folder(data_dir)
@@ -201,7 +203,7 @@ def settle(data_dir: Path) -> None:
         return
     try:
         shutil.rmtree(renewed(data_dir).path, ignore_errors=True)  # it is of the identity that goes
-        if old.tuf.exists() and old.ca.exists() and old.ca.read_bytes() == new.ca.read_bytes():
+        if old.tuf.exists() and _is_same_hub(old, new):
             shutil.rmtree(new.tuf, ignore_errors=True)
             move_durably(old.tuf, new.tuf)
         if old.path.exists():
@@ -209,6 +211,28 @@ def settle(data_dir: Path) -> None:
     except OSError as error:
         raise SiteError(f"the old identity cannot be replaced: {error}", advice=f"check {old.path}") from error
     move_durably(new.path, old.path)
+
+
+def learn_authorities(enrolled: Enrolled, hub: Hub) -> bool:
+    """Take up the intermediates that the hub shows now, before one of them has signed a message. True when there are others.
+
+    What this connection shows counts up to the pinned root alone. Raises LinkError (hub away) or TrustError.
+    """
+    here = enrolled.folder
+    root = _root(here)
+    with _client(enrolled.address_now(hub).hub_url, _tls(root)) as asking:
+        shown = _certificates(_ask(asking, "GET", CACERTS))
+    known = pki.pem([root, *pki.intermediates(root, shown)])
+    if known == here.ca.read_bytes():
+        return False
+    write_durably(here.ca, known, mode=0o644)
+    enrolled.trust.refresh(known)
+    return True
+
+
+def root_pem(here: Folder) -> bytes:
+    """Which hub this is. Raises TrustError where the file is damaged."""
+    return pki.pem([_root(here)])
 
 
 def renew(enrolled: Enrolled, hub: Hub) -> None:
@@ -221,15 +245,16 @@ def renew(enrolled: Enrolled, hub: Hub) -> None:
     new = renewed(here.path.parent)
     new.path.mkdir(mode=0o700, exist_ok=True)
     new.certificate.unlink(missing_ok=True)  # one that ended before it was proved
-    write_durably(new.ca, here.ca.read_bytes(), mode=0o644)
+    learn_authorities(enrolled, hub)
+    authorities = pki.read_authorities(here.ca.read_bytes())
+    write_durably(new.ca, pki.pem(authorities), mode=0o644)
     key = _renewal_key(new.key)
-    ca = x509.load_pem_x509_certificate(here.ca.read_bytes())
-    context = _tls(ca)
+    context = _tls(authorities[0])
     context.load_cert_chain(here.certificate, here.key)
     with _client(enrolled.address_now(hub).hub_url, context) as asking:
         certificate = _certificate(asking, pki.build_csr(key, enrolled.identity.name), "simplereenroll")
-    _check_certificate(certificate, key, enrolled.identity.name, ca)
-    write_durably(new.certificate, certificate.public_bytes(Encoding.PEM), mode=0o644)
+    _check_certificate(certificate, key, enrolled.identity.name, authorities)
+    write_durably(new.certificate, pki.chain_pem(certificate, authorities), mode=0o644)
 
 
 def waiting(enrolled: Enrolled, now: float) -> Enrolled | None:
@@ -269,20 +294,32 @@ def _settle_renewed(data_dir: Path) -> None:
         move_durably(new.certificate, folder(data_dir).certificate)
 
 
-def _pinned_ca(token: tokens.EnrolmentToken) -> x509.Certificate:
+def _is_same_hub(old: Folder, new: Folder) -> bool:
+    try:
+        return root_pem(old) == root_pem(new)
+    except (TrustError, OSError):  # what is damaged or gone proves nothing
+        return False
+
+
+def _root(here: Folder) -> x509.Certificate:
+    return pki.read_authorities(here.ca.read_bytes())[0]
+
+
+def _pinned_authorities(token: tokens.EnrolmentToken) -> list[x509.Certificate]:
+    """The root, then its intermediates."""
     with httpx.Client(verify=False, timeout=TIMEOUT_S, trust_env=False) as unverified:  # noqa: S501 - pinned below
-        reply = _ask(unverified, "GET", f"{token.hub_url}/.well-known/est/cacerts")
-    for certificate in _certificates(reply):
+        shown = _certificates(_ask(unverified, "GET", f"{token.hub_url}{CACERTS}"))
+    for certificate in shown:
         if pki.fingerprint(certificate.public_bytes(Encoding.DER)) == token.ca_sha256:
-            return certificate
+            return [certificate, *pki.intermediates(certificate, shown)]
     raise TrustError(
         f"{token.hub_url} is not the hub that this token is for: it shows another CA",
         advice="check the hub's address; someone may stand between box and hub; " + NEW_TOKEN,
     )
 
 
-def _tls(ca: x509.Certificate) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=ca.public_bytes(Encoding.PEM).decode("ascii"))
+def _tls(root: x509.Certificate) -> ssl.SSLContext:
+    context = ssl.create_default_context(cadata=root.public_bytes(Encoding.PEM).decode("ascii"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
 
@@ -309,12 +346,14 @@ def _certificate(hub: httpx.Client, csr_pem: bytes, operation: str) -> x509.Cert
     return _certificates(reply)[0]
 
 
-def _check_certificate(certificate: x509.Certificate, key: Any, device: str, ca: x509.Certificate) -> None:
+def _check_certificate(
+    certificate: x509.Certificate, key: Any, device: str, authorities: list[x509.Certificate]
+) -> None:
     ours = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     theirs = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if ours != theirs:
         raise TrustError("the hub's certificate is for another key than this box's", advice=NEW_TOKEN)
-    trust = pki.Trust(ca.public_bytes(Encoding.PEM))
+    trust = pki.Trust(pki.pem(authorities))
     now = certificate.not_valid_before_utc.timestamp()  # a box whose clock is wrong may still enrol; doctor tells
     trust.check(certificate.public_bytes(Encoding.DER), expected_name=device, now=now)
 

@@ -1,8 +1,8 @@
-"""Renewal: at two thirds of its life the box's certificate is replaced, with a new key; no one has to do anything.
+"""Renewal: at two thirds of its life the box's certificate is replaced, with a new key; the hub's intermediates are asked for.
 
-Reads the certificate and the clock; the thread gets the next one over HTTPS, the link proves it by a connection.
+Reads the certificate and the clock; the thread gets what is next over HTTPS, the link proves a certificate by a connection.
 Never lets the certificate in use go before the next one stood; never gives up, and tells only what goes on failing.
-Source: EST, RFC 7030 4.2.2; ARCHITECTURE.md, "The link".
+Source: EST, RFC 7030 4.1.2 and 4.2.2; ARCHITECTURE.md, "The link".
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from fleet_link.errors import WardroundError
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
+LEARN_S, LEARN_RETRY_S = 3600.0, 60.0  # the hub shows a new intermediate for days before it signs with it
 RETRY_MIN_S, RETRY_MAX_S = 30.0, 3600.0
 TOLD_AFTER_S = 86_400.0  # a hub that is away for less is nobody's trouble
 PROOF_S = 20.0
@@ -61,6 +62,7 @@ class Renewal:
         self._failures = 0
         self._failing_since = 0.0
         self._retry_at = float("-inf")
+        self._learn_at = float("-inf")
 
     def run(self, stop: StopEvent) -> None:
         db = database.connect(self._config.box.data_dir)
@@ -74,6 +76,7 @@ class Renewal:
 
     def step(self, db: sqlite3.Connection) -> None:
         """Ask the hub when it is due. What goes wrong is tried again: at first soon, then every hour."""
+        self._learn()
         now = self._clock()
         if now < due_at(self._enrolled) or self._seconds() < self._retry_at:
             return
@@ -86,6 +89,19 @@ class Renewal:
             return
         self._failures = 0
         self._retry_at = float("-inf")
+
+    def _learn(self) -> None:
+        """At start and every hour; a box that was away does it as soon as it reaches the hub, whose messages come again."""
+        if self._seconds() < self._learn_at:
+            return
+        pause_s = LEARN_RETRY_S
+        try:
+            if identity.learn_authorities(self._enrolled, self._config.hub):
+                log.info("the hub has another intermediate")
+            pause_s = LEARN_S
+        except (WardroundError, OSError) as error:
+            log.debug("the hub's authorities are not learnt: %s", error)  # the link tells of a hub that is away
+        self._learn_at = self._seconds() + pause_s * random.uniform(0.5, 1.0)  # noqa: S311 (not a secret)
 
     def _failed(self, db: sqlite3.Connection, error: WardroundError | OSError, now: float) -> None:
         if not self._failures:

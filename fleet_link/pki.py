@@ -8,6 +8,7 @@ Source: RFC 5280 (X.509), RFC 2986 (PKCS#10); ECDSA P-256 with SHA-256 throughou
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,26 +57,18 @@ class Identity:
 
 
 class Trust:
-    """The pinned CA certificates; a peer's certificate must be issued by one of them directly (no intermediates).
+    """The pinned roots and their intermediates; a peer's certificate must be issued by one of them.
 
-    Raises TrustError if the PEM holds no certificate.
+    Shared by threads: `refresh` puts new authorities in, each check sees the former ones or the new ones whole.
+    Raises TrustError if the PEM holds no root, or an intermediate that none of its roots has signed.
     """
 
-    def __init__(self, ca_certificates_pem: bytes) -> None:
-        try:
-            authorities = x509.load_pem_x509_certificates(ca_certificates_pem)
-        except _UNPARSABLE as error:
-            raise TrustError(
-                f"the pinned CA file is not a PEM certificate: {error}", advice="enrol again to fetch the hub's CA"
-            ) from error
-        authority_policy = ExtensionPolicy.permit_all().require_present(
-            x509.BasicConstraints, Criticality.AGNOSTIC, None
-        )
-        self._policy = (
-            PolicyBuilder()
-            .store(Store(authorities))
-            .extension_policies(ca_policy=authority_policy, ee_policy=ExtensionPolicy.permit_all())
-        )
+    def __init__(self, authorities_pem: bytes) -> None:
+        self._pinned = _Pinned(authorities_pem)
+
+    def refresh(self, authorities_pem: bytes) -> None:
+        """Raises TrustError as at first; the former ones then stay."""
+        self._pinned = _Pinned(authorities_pem)
 
     def check(self, certificate_der: bytes, *, expected_name: str, now: float) -> ec.EllipticCurvePublicKey:
         """Give the public key of a certificate that this fleet's CA issued to `expected_name`, valid at `now` (unix s).
@@ -85,8 +78,10 @@ class Trust:
         """
         certificate = parse_certificate(certificate_der)
         try:
-            # 1. Signed by a pinned CA (itself a valid CA), both valid at `now`, no unknown critical extension.
-            self._policy.time(datetime.fromtimestamp(now, UTC)).build_client_verifier().verify(certificate, [])
+            # 1. Signed by a pinned root or its intermediate, all valid at `now`, no unknown critical extension.
+            pinned = self._pinned
+            verifier = pinned.policy.time(datetime.fromtimestamp(now, UTC)).build_client_verifier()
+            verifier.verify(certificate, pinned.intermediates)
             # 2. Issued to the one expected.
             name = common_name(certificate.subject)
             # 3. An end entity whose key may sign and identify a TLS client.
@@ -95,7 +90,8 @@ class Trust:
         except VerificationError as error:
             raise TrustError(
                 f"certificate of {expected_name} not accepted: {error}",
-                advice="expired: renew or enrol again; unknown issuer: the device belongs to another hub; check the clock",
+                advice="expired: renew or enrol again; unknown issuer: it belongs to another hub, or to an intermediate that a"
+                " box asks its hub for within the hour; check the clock",
             ) from error
         except _UNPARSABLE as error:
             raise TrustError(f"certificate of {expected_name} is malformed: {error}") from error
@@ -107,6 +103,80 @@ class Trust:
         return public_key
 
 
+class _Pinned:
+    """What one PEM file pins, checked."""
+
+    def __init__(self, authorities_pem: bytes) -> None:
+        authorities = read_authorities(authorities_pem)
+        roots = [certificate for certificate in authorities if is_root(certificate)]
+        self.intermediates = [certificate for certificate in authorities if certificate not in roots]
+        if not roots or any(not _signed_by_one_of(roots, certificate) for certificate in self.intermediates):
+            raise TrustError(
+                "the pinned CA file is not a root and its intermediates",
+                advice="hub: restore ca/ from backup; box: enrol again to fetch the hub's CA",
+            )
+        authority_policy = ExtensionPolicy.permit_all().require_present(
+            x509.BasicConstraints, Criticality.AGNOSTIC, None
+        )
+        self.policy = (
+            PolicyBuilder()
+            .store(Store(roots))
+            .extension_policies(ca_policy=authority_policy, ee_policy=ExtensionPolicy.permit_all())
+        )
+
+
+def read_authorities(authorities_pem: bytes) -> list[x509.Certificate]:
+    """In the file's order. Raises TrustError if the PEM holds no certificate."""
+    try:
+        return x509.load_pem_x509_certificates(authorities_pem)
+    except _UNPARSABLE as error:
+        raise TrustError(
+            f"the pinned CA file is not a PEM certificate: {error}", advice="enrol again to fetch the hub's CA"
+        ) from error
+
+
+def is_root(certificate: x509.Certificate) -> bool:
+    """Self-signed: whoever pins it trusts it by that alone."""
+    return _is_issued_by(certificate, certificate)
+
+
+def intermediates(root: x509.Certificate, shown: Iterable[x509.Certificate]) -> list[x509.Certificate]:
+    """Those of `shown` that `root` signed as intermediates, the oldest first; a stranger's among them are left out.
+
+    Their dates are judged whenever they are used. Source: RFC 5280 4.2.1.3 (keyCertSign), 4.2.1.9 (cA, pathLenConstraint).
+    """
+    found = [certificate for certificate in shown if is_intermediate(root, certificate)]
+    return sorted(found, key=lambda certificate: certificate.not_valid_before_utc)
+
+
+def is_intermediate(root: x509.Certificate, certificate: x509.Certificate) -> bool:
+    """May it sign certificates of this root's fleet, and no further authority?"""
+    if is_root(certificate) or not _is_issued_by(certificate, root):
+        return False
+    try:
+        above = root.extensions.get_extension_for_class(x509.BasicConstraints).value
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+        _p256(certificate.public_key())
+    except (TrustError, x509.ExtensionNotFound, *_UNPARSABLE):
+        return False
+    root_permits = above.ca and above.path_length != 0
+    return root_permits and constraints.ca and constraints.path_length == 0 and usage.key_cert_sign
+
+
+def pem(certificates: Iterable[x509.Certificate]) -> bytes:
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
+
+
+def chain_pem(certificate: x509.Certificate, authorities: Iterable[x509.Certificate]) -> bytes:
+    """What a TLS peer shows, so that the other side needs the root only: the certificate and the intermediate above it.
+
+    Source: RFC 8446 4.4.2 (the root is left out).
+    """
+    above = [one for one in authorities if not is_root(one) and _is_issued_by(certificate, one)]
+    return pem([certificate, *above[:1]])
+
+
 def parse_certificate(certificate_der: bytes) -> x509.Certificate:
     """Raises TrustError on anything that is not one DER certificate of sane size."""
     if len(certificate_der) > MAX_CERTIFICATE_BYTES:
@@ -114,6 +184,7 @@ def parse_certificate(certificate_der: bytes) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(certificate_der)
         signature = certificate.signature
+        _ = certificate.subject, certificate.issuer  # parsed when they are read: what is wrong in them shows here
     except _UNPARSABLE as error:
         raise TrustError(f"not a certificate: {error}") from error
     # The signature ends the certificate, after its BIT STRING's count of unused bits. The parser takes 1 to 7 there too
@@ -235,6 +306,19 @@ def _p256(public_key: object) -> ec.EllipticCurvePublicKey:
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
         raise TrustError("public key is not ECDSA P-256")
     return public_key
+
+
+def _signed_by_one_of(roots: list[x509.Certificate], certificate: x509.Certificate) -> bool:
+    return any(is_intermediate(root, certificate) for root in roots)
+
+
+def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Name and signature only."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, *_UNPARSABLE):
+        return False
+    return True
 
 
 def _check_end_entity(certificate: x509.Certificate) -> None:

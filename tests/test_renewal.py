@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import secrets
 import subprocess
 import sys
 import threading
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from cloud_hub import registry
+from cloud_hub import registry, setup
 from cloud_hub.broker import Broker
+from cloud_hub.ca import Authority, Issuer
 from cloud_hub.database import Certificate
 from edge_agent import database, hub_change, identity, ledger, renewal, status
 from edge_agent.identity import Enrolled
@@ -24,7 +28,7 @@ from fleet_link import pki
 from fleet_link.bus import BusConfig
 from fleet_link.errors import LinkError, SiteError
 from fleet_link.files import write_durably
-from fleet_link.messages import Heartbeat
+from fleet_link.messages import Heartbeat, RoundClosed
 from tests.cloud_hub.hub_support import HttpsHub, free_port, make_hub_files, needs_mosquitto
 from tests.edge_agent.link_support import DEVICE, Box, HubTwin, make_box, make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
@@ -36,8 +40,8 @@ DAY_S = 86_400.0
 class House:
     """The hub's enrolment and broker, a twin of its link, and one box with its link thread."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files = make_hub_files(folder / "hub")
+    def __init__(self, folder: Path, *, single_ca: bool = False) -> None:
+        self.files = make_hub_files(folder / "hub", single_ca=single_ca)
         self.files.add_device(DEVICE)
         self.https = HttpsHub(self.files)
         self.broker = Broker(self.files.config, write_access=self.files.write_access, on_refused=lambda reason: None)
@@ -178,7 +182,7 @@ def test_a_box_that_was_away_for_months_comes_back(house: House) -> None:
 def test_an_answer_that_was_lost_is_given_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     box = house.enrol(days_ago=21.0)
     with monkeypatch.context() as cut:
-        cut.setattr(identity, "_certificates", lost)
+        cut.setattr(identity, "_check_certificate", lost)
         with pytest.raises(LinkError):
             identity.renew(box.enrolled, box.config.hub)
     assert len(house.certificates()) == 2
@@ -189,7 +193,7 @@ def test_an_answer_that_was_lost_is_given_again(house: House, monkeypatch: pytes
     assert house.certificates()[1:] == [serial(waiting)]
 
 
-def lost(reply: bytes) -> None:
+def lost(*_: object) -> None:
     raise LinkError("the line broke off")
 
 
@@ -364,3 +368,122 @@ def test_no_key_is_readable_by_others(house: House) -> None:
     with pytest.raises(SiteError):
         pki.new_private_key(new.key)
     assert "PRIVATE" not in json.dumps([path.read_text() for path in new.path.glob("*.pem")])
+
+
+# --- the hub's intermediates ----------------------------------------------------------------------
+
+
+def make_next_intermediate(house: House, *, days_ago: float) -> Issuer:
+    """The running hub has it, and its link signs with it once it has been shown for long enough."""
+    settings, now = house.files.config, time.time()
+    paths, authority = settings.paths, house.files.authority
+    made = setup.new_intermediate(settings, paths.root_key, paths.root_passphrase, now=now - days_ago * DAY_S)
+    assert setup.take_up_intermediate(settings, authority)
+    house.broker.reload()
+    key = pki.load_private_key(paths.hub_key)
+    certificate = authority.issue_hub(key.public_key(), days=30, now=now)
+    house.hub.identity = pki.Identity("hub", key, certificate.public_bytes(Encoding.DER))
+    house.hub.trust = authority.trust
+    return made
+
+
+def is_signed_by(issuer: Issuer, certificate_der: bytes) -> bool:
+    return x509.load_der_x509_certificate(certificate_der).issuer == issuer.certificate.subject
+
+
+def closed(round_id: str) -> RoundClosed:
+    return RoundClosed(message_id=secrets.token_hex(16), round_id=round_id, outcome="dropped", reason="over")
+
+
+def invited(box: Box) -> None:
+    ledger.invite(box.db, make_plan("b" * 64, b"k" * 32), time.time())
+
+
+def test_a_box_knows_the_next_intermediate_before_it_signs(house: House) -> None:
+    box = house.enrol(days_ago=0.0)
+    hub_change.follow(box.db, box.data_dir, box.enrolled, time.time())
+    made = make_next_intermediate(house, days_ago=0.0)
+    assert not is_signed_by(made, house.hub.identity.certificate_der)
+    pinned = identity.root_pem(box.enrolled.folder)
+    Renewal(box.config, box.enrolled).step(box.db)
+    assert box.enrolled.folder.ca.read_bytes() == house.files.authority.pem
+    assert identity.root_pem(box.enrolled.folder) == pinned
+    in_use = house.files.authority.issue_hub(
+        ec.generate_private_key(ec.SECP256R1()).public_key(), days=9, now=time.time() + 8 * DAY_S
+    )
+    assert is_signed_by(made, in_use.public_bytes(Encoding.DER))
+    for trust in (box.enrolled.trust, identity.load(box.data_dir).trust):
+        trust.check(in_use.public_bytes(Encoding.DER), expected_name="hub", now=time.time() + 8 * DAY_S)
+    # It is the same hub still: a round that is on goes on.
+    invited(box)
+    hub_change.follow(box.db, box.data_dir, identity.load(box.data_dir), time.time())
+    assert box.state_of("round-1") == "invited"
+    assert identity.learn_authorities(box.enrolled, box.config.hub) is False
+
+
+def test_a_box_that_was_away_learns_of_it_and_hears_the_hub(house: House) -> None:
+    box = house.enrol(days_ago=0.0)
+    made = make_next_intermediate(house, days_ago=30.0)
+    assert is_signed_by(made, house.hub.identity.certificate_der)
+    house.start_link()
+    house.until(house.heard)
+    house.hub.say(closed("round-1"))
+    house.until(lambda: any("not accepted" in alarm for beat in house.hub.of(Heartbeat) for alarm in beat.alarms))
+    assert database.counter(box.db, hub_change.HIGHEST_SEQUENCE) == 0
+    Renewal(box.config, box.enrolled).step(box.db)
+    house.hub.say(closed("round-1"))
+    house.until(lambda: database.counter(box.db, hub_change.HIGHEST_SEQUENCE) > 0)
+
+
+def test_a_box_renews_from_one_intermediate_to_the_next(house: House) -> None:
+    """With a broker and an HTTPS side that were started before the next one was made."""
+    box = house.enrol(days_ago=21.0)
+    before = box.enrolled.identity.certificate_der
+    made = make_next_intermediate(house, days_ago=30.0)
+    house.start_link()
+    Renewal(box.config, box.enrolled).step(box.db)
+    house.until(lambda: box.enrolled.identity.certificate_der != before)
+    assert is_signed_by(made, box.enrolled.identity.certificate_der)
+    heard = house.heard()
+    house.until(lambda: house.heard() >= heard + 2)  # and the hub has opened it
+    # The certificate of the new intermediate buys the next one.
+    identity.renew(box.enrolled, box.config.hub)
+    assert identity.waiting(box.enrolled, time.time()) is not None
+    assert house.https.refusals() == []
+
+
+def test_what_no_root_signed_is_not_learnt(house: House) -> None:
+    """Shown by the hub's own HTTPS side: another root, one of its intermediates, and a device's certificate."""
+    box = house.enrol(days_ago=0.0)
+    before = box.enrolled.folder.ca.read_bytes()
+    stranger = make_hub_files(house.folder / "stranger").authority
+    device = x509.load_der_x509_certificate(box.enrolled.identity.certificate_der)
+
+    class Shows(Authority):
+        @property
+        def certificates(self) -> list[x509.Certificate]:
+            return [*super().certificates, *stranger.certificates, device]
+
+    house.files.authority.__class__ = Shows
+    assert identity.learn_authorities(box.enrolled, box.config.hub) is False
+    assert box.enrolled.folder.ca.read_bytes() == before
+
+
+def test_a_hub_of_before_goes_on_with_its_one_ca(tmp_path: Path) -> None:
+    house = House(tmp_path, single_ca=True)
+    try:
+        box = house.enrol(days_ago=21.0)
+        assert box.enrolled.folder.ca.read_bytes() == house.files.authority.pem
+        assert box.enrolled.folder.certificate.read_text().count("BEGIN CERTIFICATE") == 1
+        before = serial(box.enrolled)
+        house.start_link()
+        Renewal(box.config, box.enrolled).step(box.db)
+        house.until(lambda: serial(box.enrolled) != before)
+        heard = house.heard()
+        house.until(lambda: house.heard() >= heard + 2)
+        house.revoke(serial(box.enrolled))
+        paths = house.files.config.paths
+        with pytest.raises(SiteError, match="can have no intermediate"):
+            setup.new_intermediate(house.files.config, paths.root_key, paths.root_passphrase, now=time.time())
+    finally:
+        house.close()

@@ -24,8 +24,8 @@ from cryptography.x509.oid import NameOID
 
 from cloud_hub import ca, config, database, https, registry, releases
 from cloud_hub.api import create_app
-from cloud_hub.ca import Authority
-from cloud_hub.config import Config
+from cloud_hub.ca import Authority, Issuer
+from cloud_hub.config import Config, Paths
 from cloud_hub.context import Context
 from cloud_hub.cutoff import CutOff
 from cloud_hub.database import Certificate, Database, Refusal
@@ -95,13 +95,15 @@ class HubFiles:
                 )
             )
         certificate_path, key_path = folder / f"{device}.pem", folder / f"{device}.key"
-        certificate_path.write_bytes(pem(certificate))
+        certificate_path.write_bytes(self.authority.chain_pem(certificate))
         key_path.write_bytes(key_pem(key))
         return certificate_path, key_path
 
 
-def make_hub_files(folder: Path, *, mqtt_port: int | None = None, https_port: int | None = None) -> HubFiles:
-    """CA, server and hub certificate, empty database."""
+def make_hub_files(
+    folder: Path, *, mqtt_port: int | None = None, https_port: int | None = None, single_ca: bool = False
+) -> HubFiles:
+    """CA, server and hub certificate, empty database; `single_ca`: as hubs of before were made."""
     text = config.default_text()
     for section, port in (("broker", mqtt_port or free_port()), ("https", https_port or free_port())):
         text = config.with_value(text, section, "bind", "127.0.0.1")
@@ -112,18 +114,29 @@ def make_hub_files(folder: Path, *, mqtt_port: int | None = None, https_port: in
     paths = settings.paths
     for path in (paths.ca_key.parent, paths.server_key.parent, paths.broker, paths.releases, paths.rounds):
         path.mkdir(parents=True, exist_ok=True)
-    authority = ca.create(new_key(), name="test", now=time.time() - 800 * 86_400.0)  # older than what it issued
-    paths.ca_key.write_bytes(key_pem(authority.key))
+    then = time.time() - 800 * 86_400.0  # older than what it issued
+    authority = ca.create(new_key(), name="test", now=then) if single_ca else two_steps(paths, now=then)
+    paths.ca_key.write_bytes(key_pem(authority.issuers[0].key))
     paths.ca_certificate.write_bytes(authority.pem)
     server_key, hub_key = new_key(), new_key()
     names = ["localhost", "127.0.0.1"]
     paths.server_key.write_bytes(key_pem(server_key))
     paths.server_certificate.write_bytes(
-        pem(authority.issue_server(server_key.public_key(), names, days=30, now=time.time()))
+        authority.chain_pem(authority.issue_server(server_key.public_key(), names, days=30, now=time.time()))
     )
     paths.hub_key.write_bytes(key_pem(hub_key))
-    paths.hub_certificate.write_bytes(pem(authority.issue_hub(hub_key.public_key(), days=30, now=time.time())))
+    paths.hub_certificate.write_bytes(
+        authority.chain_pem(authority.issue_hub(hub_key.public_key(), days=30, now=time.time()))
+    )
     return HubFiles(settings, database.connect(paths.database), authority)
+
+
+def two_steps(paths: Paths, *, now: float) -> Authority:
+    """A root, whose key lies where `hub init` puts it, and its first intermediate."""
+    root, key = ca.new_root(new_key(), name="test root", now=now), new_key()
+    paths.root_key.write_bytes(key_pem(root.key))
+    certificate = ca.new_intermediate(root, key.public_key(), name="test intermediate 1", now=now)
+    return Authority(root.certificate, (Issuer(key, certificate),))
 
 
 ADMIN_TOKEN = "test-admin-token"

@@ -74,14 +74,17 @@ def test_a_backup_made_as_the_readme_says_does_not_open_the_ca(tmp_path: Path) -
     hub = HubProcess(tmp_path)
     back_up(hub.config.paths.data_dir, tmp_path / "backup")
     hub.close()
-    passphrase = hub.config.ca_passphrase.read_bytes().strip()
     whole = [path.read_bytes() for path in (tmp_path / "backup").rglob("*") if path.is_file()]
-    assert not any(passphrase in content for content in whole)
-    assert ca.is_encrypted(tmp_path / "backup" / "ca" / "ca.key")
+    for kept_apart in (hub.config.ca_passphrase, hub.config.paths.root_passphrase):
+        passphrase = kept_apart.read_bytes().strip()
+        assert len(passphrase) >= 32
+        assert not any(passphrase in content for content in whole)
+    for name in ("ca.key", "root.key"):
+        assert ca.is_encrypted(tmp_path / "backup" / "ca" / name)
 
 
 def test_a_hub_of_before_is_encrypted_with_one_command(tmp_path: Path) -> None:
-    files = make_hub_files(tmp_path)
+    files = make_hub_files(tmp_path, single_ca=True)
     paths = files.config.paths
     for _ in range(2):  # without a passphrase it goes on working
         plain = ca.load(paths.ca_key, paths.ca_certificate, files.config.ca_passphrase)
@@ -90,7 +93,7 @@ def test_a_hub_of_before_is_encrypted_with_one_command(tmp_path: Path) -> None:
     assert ca.is_encrypted(paths.ca_key)
     assert files.config.ca_passphrase.stat().st_mode & 0o777 == 0o600
     encrypted = ca.load(paths.ca_key, paths.ca_certificate, files.config.ca_passphrase)
-    assert encrypted.key.private_numbers() == plain.key.private_numbers()
+    assert encrypted.issuers[0].key.private_numbers() == plain.issuers[0].key.private_numbers()
     with pytest.raises(SiteError, match="is encrypted already"):
         setup.encrypt_ca(files.config)
 

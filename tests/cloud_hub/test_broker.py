@@ -15,7 +15,7 @@ import psutil
 import pytest
 from cryptography import x509
 
-from cloud_hub import broker, registry
+from cloud_hub import broker, ca, registry, setup
 from cloud_hub.broker import Broker
 from fleet_link import pki
 from fleet_link.errors import SiteError
@@ -38,9 +38,9 @@ NO_SUBSCRIBERS = 16
 class Running:
     """A broker with two enrolled devices."""
 
-    def __init__(self, folder: Path, **broker_settings: int) -> None:
+    def __init__(self, folder: Path, *, single_ca: bool = False, **broker_settings: int) -> None:
         self.folder = folder
-        self.hub: HubFiles = make_hub_files(folder / "hub")
+        self.hub: HubFiles = make_hub_files(folder / "hub", single_ca=single_ca)
         broker_section = msgspec.structs.replace(self.hub.config.broker, **broker_settings)
         self.hub.config = msgspec.structs.replace(self.hub.config, broker=broker_section)
         self.hub.add_device("box-a")
@@ -176,7 +176,7 @@ def test_a_renewed_server_certificate_is_served_after_a_reload(running: Running)
     key = pki.load_private_key(paths.server_key)
     renewed = hub.authority.issue_server(key.public_key(), ["localhost"], days=30, now=time.time())
     assert served_serial(hub.config.broker.port, paths.ca_certificate) != renewed.serial_number
-    paths.server_certificate.write_bytes(pem(renewed))
+    paths.server_certificate.write_bytes(hub.authority.chain_pem(renewed))
     running.broker.reload()
     await_true(lambda: served_serial(hub.config.broker.port, paths.ca_certificate) == renewed.serial_number)
 
@@ -224,6 +224,73 @@ def test_a_revoked_device_falls_silent_at_once_and_cannot_come_back(running: Run
     again = running.connect(*files)
     running.await_refused("certificate verify failed")
     assert not again.connected
+
+
+def another_intermediate(hub: HubFiles) -> ca.Issuer:
+    """Made a month ago, so that it signs from now on; the running hub has it."""
+    paths, then = hub.config.paths, time.time() - 30 * 86_400.0
+    made = setup.new_intermediate(hub.config, paths.root_key, paths.root_passphrase, now=then)
+    assert setup.take_up_intermediate(hub.config, hub.authority)
+    return made
+
+
+def first_certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def test_devices_of_two_intermediates_connect_and_each_list_revokes_its_own(running: Running) -> None:
+    """The broker was started before the second one was made."""
+    first = running.hub.device_files(running.folder, "box-a")
+    made = another_intermediate(running.hub)
+    second = running.hub.device_files(running.folder, "box-b")
+    assert first_certificate(second[0]).issuer == made.certificate.subject != first_certificate(first[0]).issuer
+    (running.folder / "leaf.pem").write_bytes(pem(first_certificate(second[0])))
+    without_chain = (running.folder / "leaf.pem", second[1])
+    # 1. Until its intermediate has a list, the broker refuses what it has signed.
+    refused = running.connect(*second)
+    running.await_refused("certificate verify failed")
+    assert not refused.connected
+    refused.close()
+    # 2. After the reload both are let in, with the intermediate shown or not.
+    running.broker.reload()
+    for files in (first, second, without_chain):
+        peer = running.connect(*files)
+        await_true(lambda peer=peer: peer.connected)
+        peer.close()
+    # 3. Revoked, each by its own issuer's list.
+    for device, files in (("box-a", first), ("box-b", second)):
+        peer = running.connect(*files)
+        await_true(lambda peer=peer: peer.connected)
+        with running.hub.database.writing() as session:
+            registry.revoke(session, device, now=time.time())
+        running.broker.reload()
+        await_true(lambda peer=peer, device=device: peer.publish(f"wr1/up/{device}/msg") == NOT_AUTHORISED)
+        peer.close()
+        running.broker.watch()
+        running.refused.clear()
+        again = running.connect(*files)
+        running.await_refused("certificate verify failed")
+        assert not again.connected
+        again.close()
+
+
+def test_a_broker_of_a_hub_of_before_admits_and_revokes(tmp_path: Path) -> None:
+    running = Running(tmp_path, single_ca=True)
+    try:
+        assert running.hub.config.paths.ca_certificate.read_text().count("BEGIN CERTIFICATE") == 1
+        box = running.device("box-a")
+        assert box.publish("wr1/up/box-a/msg") == NO_SUBSCRIBERS
+        with running.hub.database.writing() as session:
+            registry.revoke(session, "box-a", now=time.time())
+        running.broker.reload()
+        await_true(lambda: box.publish("wr1/up/box-a/msg") == NOT_AUTHORISED)
+        box.close()
+        again = running.connect(running.folder / "box-a.pem", running.folder / "box-a.key")
+        running.await_refused("certificate verify failed")
+        assert not again.connected
+        assert running.device("box-b").publish("wr1/up/box-b/msg") == NO_SUBSCRIBERS
+    finally:
+        running.close()
 
 
 def test_a_device_added_later_is_let_in_after_a_reload(running: Running) -> None:

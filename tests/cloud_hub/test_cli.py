@@ -16,7 +16,7 @@ from cloud_hub import ca, config, database, setup
 from cloud_hub.setup import Wish
 from fleet_link import files, pki
 from fleet_link.errors import SiteError
-from tests.cloud_hub.hub_support import await_true, free_port, needs_mosquitto
+from tests.cloud_hub.hub_support import await_true, free_port, make_hub_files, needs_mosquitto
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def test_init_makes_a_hub_with_secrets_for_the_owner_only(tmp_path: Path) -> Non
     assert (settings.broker.port, settings.https.port) == (wish.mqtt_port, wish.https_port)
     _is_whole(tmp_path / "hub")
     for path in (tmp_path / "hub").rglob("*"):
-        if path.suffix == ".key" or path.name in ("admin.token", "ca.passphrase"):
+        if path.suffix == ".key" or path.name in ("admin.token", "ca.passphrase", "root.passphrase"):
             assert path.stat().st_mode & 0o077 == 0, path
     text = (tmp_path / "hub" / "hub.toml").read_text()
     assert text.count("#") == config.default_text().count("#")
@@ -145,13 +145,15 @@ def test_init_says_what_to_keep_apart_and_encrypt_ca_is_for_older_hubs(tmp_path:
         [*HUB, "init", "--data-dir", str(folder), *ports], capture_output=True, text=True, check=True
     ).stdout
     assert f"Keep {folder / 'ca.passphrase'} apart" in made
-    assert (folder / "ca.passphrase").read_text().strip() not in made
+    assert f"{folder / 'ca' / 'root.key'} and {folder / 'root.passphrase'}" in made
+    for name in ("ca.passphrase", "root.passphrase"):
+        assert (folder / name).read_text().strip() not in made
     command = [*HUB, "encrypt-ca", "--config", str(folder / "hub.toml")]
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (again.returncode, "is encrypted already" in again.stderr) == (3, True)
     settings = config.load(folder / "hub.toml")
     paths = settings.paths
-    plain = pki.private_key_pem(ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase).key)
+    plain = pki.private_key_pem(ca.load_key(paths.ca_key, settings.ca_passphrase))
     paths.ca_key.write_bytes(plain)
     done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Older backups hold it as it was" in done
@@ -180,6 +182,67 @@ def test_the_hubs_own_certificates_are_renewed_in_time_and_for_a_new_name(tmp_pa
     setup.renew_own_certificates(renamed, authority, now=time.time() + 600 * 86400)
     assert serials()[0] != second[0]
     assert serials()[1] == second[1]
+
+
+def test_a_new_intermediate_needs_the_roots_key_which_may_be_elsewhere(tmp_path: Path) -> None:
+    folder, vault = tmp_path / "hub", tmp_path / "vault"
+    settings = setup.initialise(_wish(folder), now=time.time())
+    paths = settings.paths
+    before = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
+    assert len(before.certificates) == 2
+    vault.mkdir()
+    for path in (paths.root_key, paths.root_passphrase):
+        path.rename(vault / path.name)
+    key, passphrase = vault / "root.key", vault / "root.passphrase"
+    # 1. Without the key, with another passphrase, with another key: nothing changes.
+    pki.new_private_key(vault / "other.key")
+    for given, opened_by, reason in (
+        (paths.root_key, passphrase, r"root\.key cannot be read"),
+        (key, settings.ca_passphrase, r"root\.key cannot be read"),
+        (key, paths.root_passphrase, "passphrase of the CA's key cannot be read"),
+        (vault / "other.key", passphrase, "is not the key of this hub's root"),
+    ):
+        with pytest.raises(SiteError, match=reason):
+            setup.new_intermediate(settings, given, opened_by, now=time.time())
+    assert sorted(path.name for path in paths.ca_key.parent.iterdir()) == ["ca.key", "ca.pem"]
+    # 2. With both: it is there, encrypted, and the one before is still there.
+    command = [*HUB, "new-intermediate", "--config", str(folder / "hub.toml"), "--root-key", str(key)]
+    command += ["--root-passphrase", str(passphrase)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    after = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
+    assert after.certificates[:2] == before.certificates
+    assert f"It signs from {after.issuers[1].signs_from:%Y-%m-%d} on" in made.stdout
+    assert ca.is_encrypted(paths.ca_key.with_name("ca-2.key"))
+    assert after.issuer_at(time.time()).certificate == before.issuers[0].certificate
+    # 3. Not twice by mistake.
+    with pytest.raises(SiteError, match="a new intermediate already"):
+        setup.new_intermediate(settings, key, passphrase, now=time.time())
+
+
+def test_a_new_intermediate_cut_off_at_any_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CutOff(BaseException):
+        """Not an error that any code may handle."""
+
+    def cut_off(*_: object) -> None:
+        raise CutOff
+
+    for name in ("link", "replace"):  # of the key; of ca.pem
+        files = make_hub_files(tmp_path / name)
+        paths, passphrase = files.config.paths, files.config.ca_passphrase
+        with monkeypatch.context() as cut:
+            cut.setattr(os, name, cut_off)
+            with pytest.raises(CutOff):
+                setup.new_intermediate(files.config, paths.root_key, paths.root_passphrase, now=time.time())
+        found = ca.load(paths.ca_key, paths.ca_certificate, passphrase)
+        assert found.certificates == files.authority.certificates
+        key = paths.ca_key.with_name("ca-2.key")
+        kept = key.read_bytes() if key.exists() else None
+        assert (kept is None) is (name == "link")
+        made = setup.new_intermediate(files.config, paths.root_key, paths.root_passphrase, now=time.time())
+        found = ca.load(paths.ca_key, paths.ca_certificate, passphrase)
+        assert found.issuers[1].certificate == made.certificate
+        assert kept in (None, key.read_bytes())
 
 
 class Started:

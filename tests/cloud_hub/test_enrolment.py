@@ -64,9 +64,10 @@ def _certificates_kept(hub: HttpsHub) -> int:
 def test_a_token_buys_a_certificate_that_the_fleet_trusts(hub: HttpsHub) -> None:
     token, key = _token(hub), new_key()
     with hub.client() as client:
-        [root] = pkcs7.load_der_pkcs7_certificates(base64.b64decode(client.get("/.well-known/est/cacerts").text))
+        shown = pkcs7.load_der_pkcs7_certificates(base64.b64decode(client.get("/.well-known/est/cacerts").text))
         bootstrap = client.get(BOOTSTRAP, auth=("box-a", token.secret)).json()
-    assert pki.fingerprint(root.public_bytes(serialization.Encoding.DER)) == token.ca_sha256
+    [root] = [one for one in shown if pki.fingerprint(one.public_bytes(serialization.Encoding.DER)) == token.ca_sha256]
+    assert [root, *pki.intermediates(root, shown)] == hub.files.authority.certificates
     assert (bootstrap["device"], bootstrap["mqtt_port"]) == ("box-a", hub.config.broker.port)
     assert b'"root"' in base64.b64decode(bootstrap["tuf_root"])
     certificate = _certificate(_enrol(hub, ("box-a", token.secret), _body(key)))

@@ -13,7 +13,7 @@ from cloud_hub import setup
 from fleet_link import pki
 from fleet_link.messages import Receipt
 from tests.cloud_hub.box_twin import until
-from tests.cloud_hub.hub_support import HubFiles, make_hub_files, needs_mosquitto, pem, served_serial
+from tests.cloud_hub.hub_support import HubFiles, make_hub_files, needs_mosquitto, served_serial
 from tests.cloud_hub.round_support import needs_bundle
 from tests.cloud_hub.test_service import HubProcess
 
@@ -43,8 +43,8 @@ def age(files: HubFiles, days: float) -> None:
     server, link = (pki.load_private_key(path).public_key() for path in (paths.server_key, paths.hub_key))
     then = time.time() - days * DAY_S
     names = ["localhost", "127.0.0.1", "::1"]
-    paths.server_certificate.write_bytes(pem(authority.issue_server(server, names, days=30, now=then)))
-    paths.hub_certificate.write_bytes(pem(authority.issue_hub(link, days=30, now=then)))
+    paths.server_certificate.write_bytes(authority.chain_pem(authority.issue_server(server, names, days=30, now=then)))
+    paths.hub_certificate.write_bytes(authority.chain_pem(authority.issue_hub(link, days=30, now=then)))
 
 
 def on_disk(path: Path) -> x509.Certificate:

@@ -173,6 +173,17 @@ def test_a_certificate_renewed_by_the_same_hub_keeps_what_was_seen_of_its_releas
     assert not identity.draft(data_dir).path.exists()
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_the_same_hub_is_known_by_its_root_alone(hub: EstTwin, data_dir: Path, is_damaged: bool) -> None:
+    """Its intermediates come and go; what cannot be read proves nothing, and does not keep from enrolling anew."""
+    before = identity.enroll(hub.token(), data_dir)
+    seen = seen_releases(before)
+    further = b"" if is_damaged else before.folder.ca.read_bytes()
+    before.folder.ca.write_bytes(further + (b"half" if is_damaged else TestAuthority("next").pem))
+    identity.enroll(hub.token(), data_dir, replace=True)
+    assert seen.exists() is not is_damaged
+
+
 def test_another_hub_begins_with_its_own_root(hub: EstTwin, data_dir: Path) -> None:
     """As if this box had come from another hub: CA, release root and what was seen are that one's."""
     old = TestAuthority("old")

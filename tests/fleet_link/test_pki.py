@@ -4,6 +4,7 @@ import itertools
 import re
 import stat
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,167 @@ def test_refuses_every_flipped_bit(authority: TestAuthority) -> None:
         changed[position] ^= 1 << bit
         with pytest.raises(TrustError):
             authority.trust.check(bytes(changed), expected_name="box-1", now=time.time())
+
+
+# --- intermediates --------------------------------------------------------------------------------
+
+
+class Hierarchy:
+    """A root, an intermediate of which each part can be made wrong, and what that one signs."""
+
+    def __init__(self, root_path_length: int | None = 1, root: "Hierarchy | None" = None, **wrong: object) -> None:
+        self.root_key = root.root_key if root else ec.generate_private_key(ec.SECP256R1())
+        self.root = (
+            root.root if root else made("root", "root", self.root_key, self.root_key, path_length=root_path_length)
+        )
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        values: dict[str, object] = {"key": self.key, "signed_with": self.root_key} | wrong
+        self.intermediate = made("below", "root", **values)  # type: ignore[arg-type]
+
+    @property
+    def pem(self) -> bytes:
+        return pki.pem([self.root, self.intermediate])
+
+    def issue(self, name: str = "box-1", **changes: object) -> bytes:
+        issuer = TestAuthority("below")
+        issuer.key = self.key
+        return issuer.issue(name, **changes).certificate_der  # type: ignore[arg-type]
+
+
+def made(
+    name: str,
+    issuer: str,
+    key: ec.EllipticCurvePrivateKey,
+    signed_with: ec.EllipticCurvePrivateKey,
+    *,
+    is_ca: bool = True,
+    path_length: int | None = 0,
+    may_issue: bool = True,
+    days: tuple[float, float] = (-100, 100),
+) -> x509.Certificate:
+    now = datetime.now(UTC)
+    usage = dict.fromkeys(
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject(name))
+        .issuer_name(subject(issuer))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + timedelta(days=days[0]))
+        .not_valid_after(now + timedelta(days=days[1]))
+        .add_extension(x509.BasicConstraints(is_ca, path_length if is_ca else None), critical=True)
+        .add_extension(
+            x509.KeyUsage(digital_signature=True, key_cert_sign=may_issue, crl_sign=may_issue, **usage), critical=True
+        )
+        .sign(signed_with, SHA256())
+    )
+
+
+def test_accepts_what_an_intermediate_of_the_root_issued() -> None:
+    fleet = Hierarchy()
+    certificate = fleet.issue()
+    public_key = pki.Trust(fleet.pem).check(certificate, expected_name="box-1", now=time.time())
+    assert public_key == x509.load_der_x509_certificate(certificate).public_key()
+    for pem in (pki.pem([fleet.root]), Hierarchy().pem, pki.pem([fleet.root, Hierarchy(root=fleet).intermediate])):
+        with pytest.raises(TrustError, match="not accepted"):
+            pki.Trust(pem).check(certificate, expected_name="box-1", now=time.time())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"is_ca": False},
+        {"may_issue": False},
+        {"path_length": None},
+        {"path_length": 1},
+        {"root_path_length": 0},
+        {"signed_with": ec.generate_private_key(ec.SECP256R1())},
+        {"key": ec.generate_private_key(ec.SECP384R1())},
+    ],
+)
+def test_refuses_an_intermediate_with_a_wrong_part(wrong: dict[str, object]) -> None:
+    fleet = Hierarchy(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(TrustError, match="not a root and its intermediates"):
+        pki.Trust(fleet.pem)
+    assert pki.intermediates(fleet.root, [fleet.intermediate]) == []
+
+
+def test_an_intermediate_counts_between_its_dates_only() -> None:
+    fleet = Hierarchy(days=(-10, 10))
+    trust, certificate = pki.Trust(fleet.pem), fleet.issue(from_days=-50, to_days=50)
+    trust.check(certificate, expected_name="box-1", now=time.time() + 9 * DAY_S)
+    for days in (-11, 11):
+        with pytest.raises(TrustError, match="not accepted"):
+            trust.check(certificate, expected_name="box-1", now=time.time() + days * DAY_S)
+
+
+def test_nothing_below_an_intermediate_may_issue() -> None:
+    """Its path length is 0: an authority that it made counts neither as one of the fleet's nor as a device's."""
+    fleet, key = Hierarchy(), ec.generate_private_key(ec.SECP256R1())
+    further = made("further", "below", key, fleet.key)
+    with pytest.raises(TrustError):
+        pki.Trust(pki.pem([fleet.root, fleet.intermediate, further]))
+    issuer = TestAuthority("further")
+    issuer.key = key
+    for certificate in (issuer.issue("box-1").certificate_der, further.public_bytes(Encoding.DER)):
+        with pytest.raises(TrustError):
+            pki.Trust(fleet.pem).check(certificate, expected_name="box-1", now=time.time())
+
+
+def test_an_intermediate_alone_is_no_root() -> None:
+    with pytest.raises(TrustError, match="not a root"):
+        pki.Trust(pki.pem([Hierarchy().intermediate]))
+
+
+def test_of_what_a_hub_shows_only_the_roots_own_intermediates_are_taken() -> None:
+    fleet, stranger = Hierarchy(), Hierarchy()
+    younger = Hierarchy(root=fleet, days=(-1, 100)).intermediate
+    device = x509.load_der_x509_certificate(fleet.issue())
+    shown = [younger, stranger.intermediate, stranger.root, device, fleet.root, fleet.intermediate]
+    assert pki.intermediates(fleet.root, shown) == [fleet.intermediate, younger]
+
+
+def test_a_refreshed_trust_takes_the_next_intermediate_and_keeps_the_former_one_on_nonsense() -> None:
+    fleet = Hierarchy()
+    following = Hierarchy(root=fleet)
+    following.intermediate = made("following", "root", following.key, fleet.root_key)
+    issuer = TestAuthority("following")
+    issuer.key = following.key
+    trust, certificate = pki.Trust(fleet.pem), issuer.issue("box-1").certificate_der
+    for nonsense in (b"", Hierarchy(path_length=3).pem):
+        with pytest.raises(TrustError):
+            trust.refresh(nonsense)
+    trust.check(fleet.issue(), expected_name="box-1", now=time.time())
+    with pytest.raises(TrustError):
+        trust.check(certificate, expected_name="box-1", now=time.time())
+    trust.refresh(fleet.pem + pki.pem([following.intermediate]))
+    for each in (fleet.issue(), certificate):
+        trust.check(each, expected_name="box-1", now=time.time())
+
+
+def test_a_peer_shows_its_certificate_and_the_intermediate_above_it_without_the_root(authority: TestAuthority) -> None:
+    fleet = Hierarchy()
+    device = x509.load_der_x509_certificate(fleet.issue())
+    assert pki.chain_pem(device, [fleet.root, fleet.intermediate]) == pki.pem([device, fleet.intermediate])
+    single = x509.load_der_x509_certificate(authority.issue("box-1").certificate_der)
+    assert pki.chain_pem(single, [authority.certificate]) == pki.pem([single])
+
+
+@pytest.mark.parametrize("name", [b"test CA", b"box-a"], ids=["issuer", "subject"])
+def test_a_certificate_whose_names_are_no_text_is_refused_at_once(authority: TestAuthority, name: bytes) -> None:
+    der = authority.issue("box-a").certificate_der
+    with pytest.raises(TrustError, match="not a certificate"):
+        pki.parse_certificate(der.replace(name, b"\xff" * len(name)))
 
 
 @given(st.binary(max_size=5000))
