@@ -53,6 +53,7 @@ ZIP_ERRORS = (
     ValueError,
     NotImplementedError,
     RuntimeError,
+    OverflowError,  # a ZIP64 offset beyond what a file can have
     OSError,
     zlib.error,
     lzma.LZMAError,
@@ -276,7 +277,7 @@ def _check_tasks(manifest: Manifest) -> None:
 def _check_arrays(bundle: Bundle) -> None:
     try:
         weights, inputs, outputs = bundle.weights, bundle.known_inputs, bundle.known_outputs
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that numpy has not, such as BF16
         raise BundleError(f"arrays cannot be read: {error}", advice=_REFUSED) from error
     if set(inputs) != set(INPUT_NAMES) or set(outputs) != set(OUTPUT_NAMES):
         raise BundleError("the known-answer batch does not hold the graph's inputs and outputs", advice=_REFUSED)

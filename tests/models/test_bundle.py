@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -236,6 +237,32 @@ def test_bad_weights_are_refused(path: Path, arrays: dict | None, reason: str) -
     content = b"not safetensors" if arrays is None else safetensors_numpy.save(arrays)
     rewrite(path, lambda members: members.update({"weights.safetensors": content}))
     with pytest.raises(BundleError, match=reason):
+        read_bundle(path)
+
+
+@pytest.mark.parametrize("member", ["weights.safetensors", "known_answer.safetensors"])
+def test_arrays_of_a_type_that_numpy_has_not_are_refused(path: Path, member: str) -> None:
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    rewrite(path, lambda members: members.update({member: content}))
+    with pytest.raises(BundleError, match="arrays cannot be read"):
+        read_bundle(path)
+
+
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**63, 2**64 - 1])
+def test_a_member_that_lies_beyond_any_file_is_refused(path: Path, offset: int) -> None:
+    """ZIP64: the first entry's offset stands in an extra field of 64 bits."""
+    content = path.read_bytes()
+    begin = content.index(b"PK\x01\x02")
+    second, end = content.index(b"PK\x01\x02", begin + 4), content.rindex(b"PK\x05\x06")
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    entry = content[begin : begin + 30] + struct.pack("<H", len(extra)) + content[begin + 32 : begin + 42]
+    entry += b"\xff" * 4 + content[begin + 46 : second] + extra
+    directory = entry + content[second:end]
+    path.write_bytes(
+        content[:begin] + directory + content[end : end + 12] + struct.pack("<LLH", len(directory), begin, 0)
+    )
+    with pytest.raises(BundleError, match="not a bundle"):
         read_bundle(path)
 
 
