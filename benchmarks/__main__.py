@@ -7,11 +7,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import bytes as sent_bytes
 from benchmarks import masked, preprocess, receive
+from benchmarks.link import bench as link
 from benchmarks.network import bench as network
 
 FILE_COLUMNS = 180  # of a table that goes to a file
-BENCHES = {"receive": receive, "preprocess": preprocess, "models": network, "masked": masked}
+BENCHES = {
+    "receive": receive,
+    "preprocess": preprocess,
+    "models": network,
+    "masked": masked,
+    "link": link,
+    "bytes": sent_bytes,
+}
 
 
 def main() -> int:
@@ -20,7 +29,8 @@ def main() -> int:
         "name",
         choices=BENCHES,
         help="receive: C-STORE beside DCMTK's storescp and Orthanc; preprocess: file to tensor beside pydicom and numpy "
-        "alone; models: accuracy, federation, explanation, shift, speed; masked: secure aggregation, no peer",
+        "alone; models: accuracy, federation, explanation, shift, speed; masked: secure aggregation, no peer; "
+        "link: round time and hub cost beside Flower and NVIDIA FLARE; bytes: what a box sends in a round, and its accuracy",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")

@@ -16,10 +16,11 @@ Row = dict[str, Any]
 
 
 class Results:
-    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None], code: str = "") -> None:
+        """`code`: a digest of what the figures depend on; else of this bench's."""
         self._folder = folder
         self._tell = tell
-        self._code = code_digest()
+        self._code = code or code_digest()
 
     def row(self, table: str, settings: Mapping[str, Any], measure: Callable[[], Row]) -> Row:
         """The kept row of these settings, or a new one: settings and what `measure` gives."""
