@@ -34,7 +34,6 @@ BOX_SETTINGS: dict[str, object] = {
     "hub.heartbeat_s": 2.0,
     "inference.threads": 1,
     "learning.threads": 1,
-    "policy.allow_unsafe_open_rounds": True,  # until masked rounds are here, a site must allow the open ones
 }
 
 
@@ -177,10 +176,10 @@ def review(boxes: Sequence[Box], teach: Sequence[Study], rows: dict[str, dict[st
 def learn(house: House, story: Story) -> dict[str, Any]:
     """One round: gives the hub's own account of it once it is released."""
     fleet = house.hub.fleet
-    started = fleet("round", "start", "--unsafe-open", "--min-devices", str(len(house.boxes)))
+    started = fleet("round", "start", "--min-devices", str(len(house.boxes)))
     round_id = started["round_id"]
     with story.step(
-        f"Round {round_id}: each box fine-tunes in a child process; sealed deltas go to the hub; it signs a release"
+        f"Round {round_id}: each box fine-tunes in a child process and masks its delta; the hub opens their sum alone and signs a release"
     ):
 
         def ended() -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from cloud_hub import dashboard, enrolment, invitations, ledger, registry, views
 from cloud_hub.context import Context, bounded_body, same_secret
 from cloud_hub.registry import NotFoundError
 from fleet_link.errors import SiteError, WardroundError
+from fleet_link.messages import Rule
 from models.delta import Trainable
 
 BODY_BYTES_MAX = 64 * 1024
@@ -52,7 +53,7 @@ class NewRound(_Body, frozen=True):
     """What is left out is taken from the section [rounds] of hub.toml."""
 
     kind: Literal["masked", "unsafe_open"] = "masked"
-    rule: Literal["fedavg"] = "fedavg"
+    rule: Rule = "fedavg"
     trainable: Trainable = "all"
     epochs: Annotated[int, Meta(ge=1, le=1000)] | None = None
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
@@ -60,6 +61,7 @@ class NewRound(_Body, frozen=True):
     min_examples: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     min_devices: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     deadline_s: Annotated[float, Meta(ge=10.0, le=30 * 86400.0)] | None = None
+    noise: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
     devices: tuple[str, ...] | None = None
 
 
@@ -178,6 +180,7 @@ class _Api:
             min_examples=body.min_examples or defaults.min_examples,
             min_devices=body.min_devices or defaults.min_devices,
             deadline_s=body.deadline_s or defaults.deadline_s,
+            noise=body.noise,
             devices=list(body.devices) if body.devices is not None else None,
             now=now,
         )

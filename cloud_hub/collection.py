@@ -1,23 +1,29 @@
-"""A round's counted updates: the files on disk, and their running sum in memory.
+"""A round's counted updates: the files on disk, and their sum in memory: running, or masked and made once at the end.
 
 Reads and writes data_dir/rounds/<round>/updates; the caller's rows say which of the files count.
 Never counts a file that has no row: the sum can be rebuilt from rows and files at any time, and nothing is added twice.
-Source: ARCHITECTURE.md, "Rounds": aggregation streams, memory is O(model).
+Source: ARCHITECTURE.md, "Rounds": aggregation streams, memory is O(model); one masked update alone says nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloud_hub.aggregation import RunningSum
-from cloud_hub.update import Opener, Update, open_update
+from cloud_hub.robust import RULES, Deferred, Delta
+from cloud_hub.secure_sum import MaskedSum
+from cloud_hub.update import MaskedOpener, MaskedUpdate, Opener, Update, open_masked, open_update
+from fleet_link import notify
 from fleet_link.errors import SiteError, TrustError, WardroundError
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Trust
-from fleet_link.sealing import SealingKey
-from models import delta
+from fleet_link.sealing import SealingKey, plan_digest
+from models import delta, round_layout
 from models.bundle import read_bundle
-from models.errors import BundleError
+from models.errors import BundleError, DeltaError
+
+SEALING_BYTES_MAX = 16 * 1024  # of a sealed update besides its payload: statement, signature, certificate, HPKE
 
 
 class LostError(WardroundError):
@@ -46,42 +52,103 @@ class Counted:
 class Collection:
     plan: RoundPlan
     opener: Opener
-    total: RunningSum
-    devices: set[str]  # whose update is in `total`, or is half in it where adding failed
+    total: RunningSum | Deferred
+    counted: dict[str, Counted]  # by device: whose update is in `total`, or is half in it where adding failed
+
+    @property
+    def devices(self) -> set[str]:
+        return set(self.counted)
 
     def open(self, path: Path, *, sender: str, now: float) -> Update:
         """Raises TrustError unless the file is a sound update of `sender` for this round."""
         return open_update(path.read_bytes(), self.opener, sender=sender, now=now)
 
-    def add(self, device: str, update: Update) -> None:
-        self.devices.add(device)
+    def add(self, row: Counted, update: Update) -> None:
+        self.counted[row.device] = row
         self.total.add(update.delta, update.weight)
+
+
+@dataclass(frozen=True)
+class MaskedCollection:
+    plan: RoundPlan
+    opener: MaskedOpener
+
+    @property
+    def update_bytes_max(self) -> int:
+        return self.opener.layout.word_count * self.plan.word_bits // 8 + SEALING_BYTES_MAX
+
+    def open(self, path: Path, *, sender: str, now: float) -> MaskedUpdate:
+        """Raises TrustError unless the file is the masked update of `sender` for this round."""
+        return open_masked(path.read_bytes(), self.opener, sender=sender, now=now)
+
+    def sum(self, counted: Iterable[Counted]) -> MaskedSum:
+        """Of exactly these. Raises LostError, and SiteError for what may be over in a moment."""
+        total = MaskedSum(self.opener.layout.word_count, self.plan.word_bits)
+        for row in counted:
+            with _reading(row):
+                total.add(self.open(row.path, sender=row.device, now=row.counted_at).words)
+        return total
+
+
+def masked(plan: RoundPlan, base: Path, vault: Vault) -> MaskedCollection:
+    """What opens a masked round's updates. Raises LostError, and SiteError for what may be over in a moment."""
+    try:
+        layout = round_layout.layout_of(plan, plan_digest(plan), _shapes(plan, base))
+    except DeltaError as error:
+        raise LostError(f"the round's plan fits no sum: {error}", advice=error.advice) from error
+    return MaskedCollection(plan, MaskedOpener(plan, layout, vault.sealing_key, vault.trust))
 
 
 def rebuild(plan: RoundPlan, base: Path, vault: Vault, counted: Iterable[Counted]) -> Collection:
     """The sum over what is counted so far. Raises LostError, and SiteError for what may be over in a moment."""
+    shapes = _shapes(plan, base)
+    opener = Opener(plan, shapes, vault.sealing_key, vault.trust, vault.examples_cap)
+    kept: dict[str, Counted] = {}
+    total = (
+        RunningSum(shapes)
+        if plan.rule == "fedavg"
+        else Deferred(RULES[plan.rule], shapes, lambda: _deltas(opener, kept))
+    )
+    collection = Collection(plan, opener, total, kept)
+    for row in counted:
+        with _reading(row):
+            collection.add(row, collection.open(row.path, sender=row.device, now=row.counted_at))
+    return collection
+
+
+def _deltas(opener: Opener, kept: Mapping[str, Counted]) -> Iterator[tuple[Delta, int]]:
+    """Each counted update once more, in the same order each time."""
+    for _, row in sorted(kept.items()):
+        notify.watchdog()
+        with _reading(row):
+            update = open_update(row.path.read_bytes(), opener, sender=row.device, now=row.counted_at)
+        yield update.delta, update.weight
+
+
+def _shapes(plan: RoundPlan, base: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that the round moves."""
     try:
         weights = read_bundle(base).weights
     except BundleError as error:
         if _may_be_over(error.__cause__):
             raise SiteError(str(error), advice=error.advice) from error
         raise LostError(f"the round's base cannot be read: {error}", advice=error.advice) from error
-    shapes = {name: weights[name].shape for name in delta.trainable_names(weights, plan.trainable)}
-    opener = Opener(plan, shapes, vault.sealing_key, vault.trust, vault.examples_cap)
-    collection = Collection(plan, opener, RunningSum(shapes), set())
-    for row in counted:
-        try:
-            # As of when it was counted: its certificate may have ended since.
-            collection.add(row.device, collection.open(row.path, sender=row.device, now=row.counted_at))
-        except (OSError, TrustError) as error:
-            if _may_be_over(error):
-                raise SiteError(
-                    f"the counted update of {row.device} cannot be read now", advice="check the hub's disk and limits"
-                ) from error
-            raise LostError(
-                f"the counted update of {row.device} cannot be read again: {error}", advice="check the hub's disk"
+    return {name: weights[name].shape for name in delta.trainable_names(weights, plan.trainable)}
+
+
+@contextmanager
+def _reading(row: Counted) -> Iterator[None]:
+    """As of when it was counted: its certificate may have ended since."""
+    try:
+        yield
+    except (OSError, TrustError) as error:
+        if _may_be_over(error):
+            raise SiteError(
+                f"the counted update of {row.device} cannot be read now", advice="check the hub's disk and limits"
             ) from error
-    return collection
+        raise LostError(
+            f"the counted update of {row.device} cannot be read again: {error}", advice="check the hub's disk"
+        ) from error
 
 
 def _may_be_over(error: BaseException | None) -> bool:

@@ -9,7 +9,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from cloud_hub import candidate, ledger, releases, rounds
+from cloud_hub import candidate, ledger, masked, releases, rounds
 from cloud_hub.candidate import CandidateError, Export, Order
 from cloud_hub.collection import LostError
 from cloud_hub.config import Config
@@ -56,6 +56,7 @@ class Coordinator:
             active = active_round(session)
             if active is not None:
                 active.deadline = max(active.deadline, now + GRACE_S)
+                masked.grant(session, active.round_id, now + GRACE_S)
         for folder in self._config.paths.rounds.glob("*"):
             if active is None or folder.name != active.round_id:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +68,7 @@ class Coordinator:
         """Do what time and the state demand. True when boxes should hear of it: a round began or ended."""
         active = self._active()
         if active:
-            ledger.apply(self._database, active, rounds.Tick(), now)
+            self._intake.apply(active, rounds.Tick(), now)
         for round_id in {self._last, active} - {""}:
             self._carry_out(round_id, now)
         self._last = active  # carried out once more after its end: to be closed
@@ -116,7 +117,7 @@ class Coordinator:
     def _start_export(self, row: Round, now: float) -> Export:
         folder = self._folder(row.round_id)
         candidate.clear(folder)
-        mean = self._intake.collected(row.round_id).total.mean()
+        mean = self._intake.mean(row.round_id)
         base, timeout_s = self._intake.base(row.base_digest), self._config.rounds.export_timeout_s
         return Export(Order(folder, base, row.round_id, timeout_s, self._export_command), mean, now=now)
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fleet_link.errors import SiteError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: masked rounds
 REFUSALS_KEPT = 10_000
 
 
@@ -105,6 +105,30 @@ class RoundDevice(Base):
     bytes_received: Mapped[int] = mapped_column(BigInteger, default=0)
     counted_at: Mapped[float | None] = mapped_column(default=None)
     changed_at: Mapped[float] = mapped_column(default=0.0)
+
+
+class MaskedRound(Base):
+    """What a masked round has settled, each once: what boxes were told cannot be told otherwise."""
+
+    __tablename__ = "masked_rounds"
+    round_id: Mapped[str] = mapped_column(ForeignKey("rounds.round_id"), primary_key=True)
+    stage_at: Mapped[float]  # when the round's state was entered; a restart moves it on
+    stage_s: Mapped[float]
+    circle: Mapped[bytes | None] = mapped_column(default=None)  # secure_sum.Circle
+    sharing: Mapped[bytes | None] = mapped_column(default=None)  # the names of those whose shares are forwarded
+    survivors: Mapped[bytes | None] = mapped_column(default=None)  # fleet_link.messages.Survivors
+
+
+class MaskedPart(Base):
+    """What a box has said in a masked round, encoded; emptied (b"") when the round is over."""
+
+    __tablename__ = "masked_parts"
+    round_id: Mapped[str] = mapped_column(ForeignKey("rounds.round_id"), primary_key=True)
+    device: Mapped[str] = mapped_column(ForeignKey("devices.device"), primary_key=True)
+    keys: Mapped[bytes | None] = mapped_column(default=None)  # fleet_link.messages.RoundKeys
+    shares: Mapped[bytes | None] = mapped_column(default=None)  # Shares
+    signature: Mapped[bytes | None] = mapped_column(default=None)  # SurvivorsSigned
+    unmask: Mapped[bytes | None] = mapped_column(default=None)  # Unmask
 
 
 class Release(Base):

@@ -181,20 +181,41 @@ def round_start(
     trainable: Annotated[
         str, typer.Option(help="all, heads, norms or adapters (low rank, in the transformer).")
     ] = "all",
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="How an open round's updates become one: fedavg, median, trimmed_mean, krum, multi_krum, centred_clip."
+        ),
+    ] = "fedavg",
+    noise: Annotated[
+        float,
+        typer.Option(
+            help="Differential privacy of a masked round: standard deviation of the noise in the sum over the clip "
+            "norm, added by the boxes in shares. Each site's budget pays for it."
+        ),
+    ] = 0.0,
     epochs: Annotated[int | None, typer.Option(help="Passes over a box's examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the training on each box.")] = None,
     clip_norm: Annotated[float | None, typer.Option(help="L2 limit of one box's weight delta.")] = None,
     min_examples: Annotated[int | None, typer.Option(help="A box with fewer declines.")] = None,
-    min_devices: Annotated[int | None, typer.Option(help="Fewer updates than this and the round is dropped.")] = None,
+    min_devices: Annotated[
+        int | None,
+        typer.Option(help="Fewer updates than this and the round is dropped; masked: at least rounds.min_cohort."),
+    ] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Seconds until the round must have its updates.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show each box's progress until released or dropped.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Invite boxes to a round of learning. What is not given here comes from the hub's hub.toml."""
+    """Invite boxes to a round of learning: masked, so that the hub reads their sum alone, unless --unsafe-open.
+
+    What is not given here comes from the hub's hub.toml.
+    """
     hub = _hub(context)
     wish = {
         "kind": "unsafe_open" if unsafe_open else "masked",
         "devices": device or None,
+        "rule": rule,
+        "noise": noise,
         "trainable": trainable,
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -351,4 +372,5 @@ def _progress(row: dict[str, Any]) -> RenderableType:
             bar,
             Text(member["reason"], style="dim"),
         )
-    return Group(Spinner("dots", text=Text(f"{row['round_id']}: {row['state']}")), table)
+    far = f" ({fleet_tables.came(row)})" if row["kind"] == "masked" else ""
+    return Group(Spinner("dots", text=Text(f"{row['round_id']}: {row['state']}{far}")), table)

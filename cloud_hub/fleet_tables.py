@@ -17,8 +17,11 @@ from rich.text import Text
 
 Row = dict[str, Any]
 
-_GOOD = {"online", "released", "delivered", "activated", "everyone"}
-_BAD = {"away", "expired", "revoked", "dropped", "declined", "refused", "rolled-back", "halted"}
+JOINED = ("joined", "keyed", "shared", "delivered", "agreed", "unmasked")
+OUT = ("declined", "left", "refused")
+
+_GOOD = {"online", "released", "delivered", "agreed", "unmasked", "activated", "everyone"}
+_BAD = {"away", "expired", "revoked", "dropped", *OUT, "rolled-back", "halted"}
 
 
 def sites(rows: Sequence[Row]) -> Table:
@@ -98,9 +101,9 @@ def rounds(rows: Sequence[Row]) -> Table:
             when(row["created_at"]),
             f"{row['kind']} {row['rule']}",
             str(sum(states.values())),
-            str(states.get("joined", 0) + states.get("delivered", 0)),
-            str(states.get("declined", 0) + states.get("refused", 0)),
-            str(states.get("delivered", 0)),
+            str(sum(states.get(name, 0) for name in JOINED)),
+            str(sum(states.get(name, 0) for name in OUT)),
+            str(row["came"]["updates"]),
             _release(row["release_version"]),
             escape(row["reason"]),
         )
@@ -111,9 +114,16 @@ def round_(row: Row) -> Table:
     names = ("kind", "rule", "trainable", "epochs", "learning_rate", "clip_norm", "min_examples", "min_devices")
     facts: dict[str, Any] = {"state": state(row["state"]), "reason": row["reason"] or None}
     facts |= {name.replace("_", " "): row[name] for name in names}
+    if row["kind"] == "masked":
+        facts |= {"min cohort": row["min_cohort"], "noise": row["noise"], "came": came(row)}
     facts |= {"base": row["base_digest"], "candidate": row["candidate_digest"]}
     facts |= {"started": when(row["created_at"]), "deadline": when(row["deadline"])}
     return _card(row["round_id"], facts | {"release": _release(row["release_version"])})
+
+
+def came(row: Row) -> str:
+    """How far a masked round is: what has come, in the order of its stages."""
+    return " · ".join(f"{count} {name}" for name, count in row["came"].items())
 
 
 def members(rows: Sequence[Row]) -> Table:

@@ -1,6 +1,6 @@
-"""What boxes bring to a round: answers and sealed updates, each verified, counted once, or refused with its reason.
+"""What boxes bring to a round: answers, stages of masked rounds, sealed updates; each verified, kept once, or refused.
 
-Reads and writes the table round_devices and data_dir/rounds/<round>/updates; runs in the hub's one loop.
+Reads and writes the tables round_devices and masked_parts, and data_dir/rounds/<round>/updates; runs in the hub's one loop.
 Never counts an update twice: the row is the count, the sum is rebuilt from rows and files whenever it differs from them.
 Source: ARCHITECTURE.md, "Rounds".
 """
@@ -11,21 +11,29 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from cloud_hub import collection, ledger, registry, rounds
-from cloud_hub.collection import Collection, Counted, LostError, Vault
+from cloud_hub import collection, ledger, masked, registry, rounds, secure_sum
+from cloud_hub.collection import Collection, Counted, LostError, MaskedCollection, Vault
 from cloud_hub.config import Config
 from cloud_hub.database import Database, Release, Round, RoundDevice, record_refusal
 from cloud_hub.ledger import REASON_CHARACTERS
+from cloud_hub.masked import StageMessage
 from cloud_hub.releases import Repository
-from cloud_hub.rounds import Member, State
-from cloud_hub.update import Update
+from cloud_hub.rounds import Event, Member, State
+from cloud_hub.update import MaskedUpdate, Update
 from fleet_link import notify
-from fleet_link.errors import SiteError, TrustError
+from fleet_link.cohort import Judge
+from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.files import move_durably
-from fleet_link.messages import RoundAnswer, TransferOffer
+from fleet_link.messages import RoundAnswer, RoundPlan, TransferOffer
+from models import addable
+from models.delta import Arrays
+from models.errors import DeltaError
 
 log = logging.getLogger(__name__)
+
+_TOLD = (State.SHARING, State.TRAINING, State.AGREEING, State.UNMASKING)  # stages that begin with a word of the hub
 
 
 class Intake:
@@ -37,6 +45,17 @@ class Intake:
         self._repository = repository
         self._vault = vault
         self._collection: Collection | None = None
+        self._masked: MaskedCollection | None = None
+        self._has_moved = False
+
+    def has_moved(self) -> bool:
+        """Whether a stage has begun since this was asked last: its boxes are to hear of it now."""
+        moved, self._has_moved = self._has_moved, False
+        return moved
+
+    def apply(self, round_id: str, event: Event, now: float) -> None:
+        with self._database.writing() as session:
+            self._advance(session, session.get_one(Round, round_id), event, now)
 
     def answered(self, device: str, answer: RoundAnswer, now: float) -> tuple[bool, str]:
         """Store an answer; the same one again is accepted again. Gives (accepted, reason)."""
@@ -48,10 +67,41 @@ class Intake:
             if State(row.state) in rounds.FINISHED:
                 return False, f"round {answer.round_id} is over"
             before = part.state
-            ledger.advance(session, row, rounds.Answered(device, answer.joins), now)
-            if part.state in (Member.JOINED, Member.DECLINED) and part.state != before:
+            self._advance(session, row, rounds.Answered(device, answer.joins), now)
+            if part.state in (Member.JOINED, Member.DECLINED, Member.LEFT) and part.state != before:
                 part.examples, part.reason = answer.examples, answer.reason
                 log.info("round %s: %s %s", answer.round_id, device, part.state)
+            elif part.state == Member.KEYED:  # its keys came first
+                part.examples = answer.examples
+        return True, ""
+
+    def took(self, device: str, message: StageMessage, now: float) -> tuple[bool, str]:
+        """Store what a stage of a masked round asked for; the same again is accepted again. Gives (accepted, reason)."""
+        try:
+            with self._database.writing() as session:
+                return self._took(session, device, message, now)
+        except (TrustError, LinkError) as error:
+            with self._database.writing() as session:
+                record_refusal(session, device=device, what="message", reason=str(error), now=now)
+            log.warning("round %s: %s: refused: %s", message.round_id, device, error)
+            return False, str(error)[:REASON_CHARACTERS]
+
+    def _took(self, session: Session, device: str, message: StageMessage, now: float) -> tuple[bool, str]:
+        row = session.get(Round, message.round_id)
+        part = session.get(RoundDevice, (message.round_id, device))
+        if row is None or part is None:
+            return False, f"{device} is not invited to a round {message.round_id}"
+        plan, event = ledger.plan_of(row), masked.EVENTS[type(message)]
+        if State(row.state) in rounds.FINISHED:
+            return False, f"round {row.round_id} is over"
+        if masked.is_known(session, device, message):
+            return True, ""
+        if plan.kind != "masked" or not rounds.expects(State(row.state), Member(part.state), event):
+            kind = type(message).__name__
+            return False, f"no {kind} is expected of {device}: it is {part.state}, round {row.round_id} is {row.state}"
+        masked.check(session, plan, device, message, Judge(self._vault.trust, now))
+        masked.keep(session, device, message)
+        self._advance(session, row, event(device), now)
         return True, ""
 
     def judge_update(self, device: str, offer: TransferOffer) -> tuple[Literal["take", "wait", "done", "refuse"], str]:
@@ -61,19 +111,23 @@ class Intake:
             part = session.get(RoundDevice, (offer.subject, device))
         if row is None or part is None:
             return "refuse", f"{device} is not invited to a round {offer.subject}"
-        if part.state == Member.DELIVERED:
+        if part.state in (Member.DELIVERED, Member.AGREED, Member.UNMASKED):
             return "done", ""
-        if part.state in (Member.REFUSED, Member.DECLINED):
+        if part.state in (Member.REFUSED, Member.DECLINED, Member.LEFT):
             return "refuse", part.reason or f"{device} has {part.state}"
         if State(row.state) not in rounds.COLLECTING:
             return "refuse", f"round {offer.subject} is over"
         if offer.size > (limit := self.update_bytes_max(offer.subject)):
             return "refuse", f"{offer.size} bytes, at most {limit} are taken"
-        return ("take", "") if part.state == Member.JOINED else ("wait", "")
+        awaited = Member.JOINED if ledger.plan_of(row).kind == "unsafe_open" else Member.SHARED
+        return ("take", "") if part.state == awaited else ("wait", "")
 
     def update_bytes_max(self, round_id: str) -> int:
-        """A sealed update holds the tensors of its base in fewer bits: it is never much larger."""
+        """A sealed update holds the tensors of its base in fewer bits: it is never much larger. Masked: exactly so large."""
         with self._database.reading() as session:
+            row = session.get(Round, round_id)
+            if row is not None and (plan := ledger.plan_of(row)).kind == "masked":
+                return self._opener(plan).update_bytes_max
             base_bytes = session.scalars(
                 select(Release.size)
                 .join(Round, Round.base_digest == Release.bundle_digest)
@@ -89,9 +143,11 @@ class Intake:
             path.unlink(missing_ok=True)
             return reason
         try:
-            collected = self.collected(round_id)
+            with self._database.reading() as session:
+                plan = ledger.plan_of(session.get_one(Round, round_id))
+            collected = self._opener(plan) if plan.kind == "masked" else self.collected(round_id)
         except LostError as error:
-            ledger.apply(self._database, round_id, rounds.Failed(str(error)), now)
+            self.apply(round_id, rounds.Failed(str(error)), now)
             return f"round {round_id} is over"
         try:
             update = collected.open(path, sender=device, now=now)
@@ -103,7 +159,8 @@ class Intake:
             return str(error)[:REASON_CHARACTERS]
         kept = self._config.paths.rounds / round_id / "updates" / f"{device}.sealed"
         move_durably(path, kept)
-        collected.add(device, update)
+        if isinstance(collected, Collection) and isinstance(update, Update):
+            collected.add(Counted(device, kept, now), update)
         return self._count(device, offer, kept, update, now)
 
     def refuse_update(self, device: str, round_id: str, reason: str, now: float) -> None:
@@ -114,10 +171,43 @@ class Intake:
             record_refusal(session, device=device, what="update", reason=f"{round_id}: {reason}", now=now)
             if row is None or part is None:
                 return
-            ledger.advance(session, row, rounds.Refused(device), now)
+            self._advance(session, row, rounds.Refused(device), now)
             if part.state == Member.REFUSED:
                 part.reason = reason[:REASON_CHARACTERS]
         log.warning("round %s: refused the update of %s: %s", round_id, device, reason)
+
+    def mean(self, round_id: str) -> Arrays:
+        """Of a round that is summed: what its updates change on average. Raises LostError when it cannot be made."""
+        with self._database.reading() as session:
+            plan = ledger.plan_of(session.get_one(Round, round_id))
+        try:
+            return self._unmasked(plan) if plan.kind == "masked" else self.collected(round_id).total.mean()
+        except (LinkError, TrustError, DeltaError) as error:
+            what = "the masks do not come off" if plan.kind == "masked" else f"{plan.rule} cannot be computed"
+            raise LostError(f"{what}: {error}", advice=error.advice) from error
+
+    def _unmasked(self, plan: RoundPlan) -> Arrays:
+        with self._database.reading() as session:
+            circle, told, rebuilt = masked.opened(session, plan.round_id)
+            parts = session.scalars(select(RoundDevice).filter_by(round_id=plan.round_id)).all()
+        if rebuilt.wrong_shares:
+            log.warning("round %s: wrong shares, (of, told by): %s", plan.round_id, rebuilt.wrong_shares)
+        data_dir = self._config.paths.data_dir
+        counted = [
+            Counted(part.device, data_dir / (part.update_path or ""), part.counted_at or 0.0)
+            for part in parts
+            if part.device in told.active
+        ]
+        opener = self._opener(plan)
+        total = opener.sum(_alive(counted))
+        return addable.decode_sum(secure_sum.unmask(total, circle, told, rebuilt), opener.opener.layout)
+
+    def _opener(self, plan: RoundPlan) -> MaskedCollection:
+        """Raises LostError."""
+        held = self._masked
+        if held is None or held.plan.round_id != plan.round_id:
+            held = self._masked = collection.masked(plan, self.base(plan.base_digest), self._vault)
+        return held
 
     def collected(self, round_id: str) -> Collection:
         """The round's running sum over exactly the devices whose rows count now. Raises LostError."""
@@ -143,14 +233,18 @@ class Intake:
 
     def forget(self) -> None:
         """The round is over: its sum leaves the memory."""
-        self._collection = None
+        self._collection = self._masked = None
 
-    def _count(self, device: str, offer: TransferOffer, kept: Path, update: Update, now: float) -> str:
+    def _advance(self, session: Session, row: Round, event: Event, now: float) -> None:
+        if ledger.advance(session, row, event, now) and row.state in _TOLD and ledger.plan_of(row).kind == "masked":
+            self._has_moved = True
+
+    def _count(self, device: str, offer: TransferOffer, kept: Path, update: Update | MaskedUpdate, now: float) -> str:
         """Gives "", or why it does not count: its round was dropped or itself revoked at this very moment."""
         with self._database.writing() as session:
             row = session.get_one(Round, offer.subject)
             part = session.get_one(RoundDevice, (offer.subject, device))
-            ledger.advance(session, row, rounds.Delivered(device), now)
+            self._advance(session, row, rounds.Delivered(device), now)
             if part.state != Member.DELIVERED:
                 return part.reason or f"round {offer.subject} is over"
             part.examples = update.examples

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from cloud_hub import masked
 from cloud_hub.config import Config
 from cloud_hub.database import Certificate, Device, Release, Round, RoundDevice
 from cloud_hub.ledger import active_round
@@ -21,12 +23,15 @@ from cloud_hub.rollout import Stage
 from cloud_hub.rounds import Member, State
 from fleet_link import messages, sealing
 from fleet_link.errors import SiteError
-from fleet_link.messages import RoundPlan
+from fleet_link.messages import COHORT, RoundPlan, Rule
+from models import round_layout
 from models.bundle import SUFFIX, read_manifest
 from models.delta import Trainable
-from models.errors import BundleError
+from models.errors import BundleError, DeltaError
 
 log = logging.getLogger(__name__)
+
+ROBUST_MIN = 3  # updates: with two no rule can tell who is off
 
 
 def start_round(
@@ -34,7 +39,7 @@ def start_round(
     config: Config,
     *,
     kind: Literal["unsafe_open", "masked"],
-    rule: Literal["fedavg"],
+    rule: Rule,
     trainable: Trainable,
     epochs: int,
     learning_rate: float,
@@ -42,29 +47,30 @@ def start_round(
     min_examples: int,
     min_devices: int,
     deadline_s: float,
+    noise: float,
     devices: Sequence[str] | None,
     now: float,
 ) -> str:
     """Store a round over the newest release that everybody may run and give its id; `devices` None: every enrolled one.
 
+    `noise`: standard deviation of what the boxes add to the sum, over the clip norm; masked rounds only.
     Raises SiteError when a round is on, or when this one could not end well.
     """
-    if kind == "masked":
-        raise SiteError("this version of the hub knows no masked rounds", advice="start an unsafe_open round")
     active = active_round(session)
     if active is not None:
         raise SiteError(
             f"round {active.round_id} is on ({active.state})",
             advice=f"wait for its end: fleet round list; or end it: fleet round drop {active.round_id}",
         )
+    _check_kind(kind, rule, noise)
     base = _base(session)
     _check_trainable(config.paths.releases / f"{base.bundle_digest}{SUFFIX}")
     invited = _invited(session, devices)
-    if len(invited) < min_devices:
-        raise SiteError(
-            f"{len(invited)} devices are invited, {min_devices} are needed",
-            advice="enrol more boxes or lower --min-devices",
-        )
+    if kind == "masked":
+        min_devices = max(min_devices, config.rounds.min_cohort)
+    elif rule != "fedavg":
+        min_devices = max(min_devices, ROBUST_MIN)
+    _check_count(len(invited), min_devices, kind)
     plan = RoundPlan(
         message_id=secrets.token_hex(16),
         round_id=_new_id(session),
@@ -80,9 +86,61 @@ def start_round(
         sealing_key=sealing.public_bytes(sealing.load_sealing_key(config.paths.sealing_key)),
         deadline_unix_s=now + deadline_s,
     )
+    if kind == "masked":
+        plan = _with_sum(plan, config, invited=len(invited), min_cohort=min_devices, noise=noise)
     _add_rows(session, plan, invited, min_devices, now)
+    if kind == "masked":
+        masked.begin(session, plan.round_id, config.rounds.stage_s, now)
+        session.flush()
     log.info("round %s: invited %d devices, base is release %d", plan.round_id, len(invited), base.release_version)
     return plan.round_id
+
+
+def _check_kind(kind: str, rule: Rule, noise: float) -> None:
+    if kind == "masked" and rule != "fedavg":
+        raise SiteError(
+            f"{rule} needs every box's update by itself, and a masked round shows the sum alone",
+            advice="leave --rule out, or start an open round: --unsafe-open",
+        )
+    if kind != "masked" and noise:
+        raise SiteError(
+            "only a masked round adds noise: in an open one the hub reads each update before any is added",
+            advice="leave --noise out, or leave --unsafe-open out",
+        )
+
+
+def _check_count(invited: int, needed: int, kind: str) -> None:
+    if invited < needed:
+        raise SiteError(
+            f"{invited} devices are invited, {needed} are needed",
+            advice="enrol more boxes or lower --min-devices"
+            + (" (a masked round never takes fewer than rounds.min_cohort)" if kind == "masked" else ""),
+        )
+    if kind == "masked" and invited > COHORT:
+        raise SiteError(
+            f"{invited} devices are invited, a masked round has room for {COHORT}",
+            advice="name the boxes with --device and make two rounds of them",
+        )
+
+
+def _with_sum(plan: RoundPlan, config: Config, *, invited: int, min_cohort: int, noise: float) -> RoundPlan:
+    """What the words of a masked sum look like. The smallest cohort's noise is enough: more boxes add more."""
+    try:
+        word_bits, value_bits = round_layout.numbers_for(invited, noise)
+        summed = msgspec.structs.replace(
+            plan,
+            min_cohort=min_cohort,
+            word_bits=word_bits,
+            value_bits=value_bits,
+            boxes_max=invited,
+            examples_cap=config.rounds.examples_cap,
+            noise=noise,
+            noise_boxes=min_cohort if noise else 0,
+        )
+        round_layout.check(summed, sealing.plan_digest(summed))
+    except DeltaError as error:
+        raise SiteError(f"no masked sum can be made: {error}", advice=error.advice) from error
+    return summed
 
 
 def _base(session: Session) -> Release:

@@ -1,6 +1,6 @@
 """A round's rows: found, brought forward by what `rounds.advance` decides, dropped by the operator's word.
 
-Reads and writes the tables rounds and round_devices; reads who is revoked. Each change is one transaction.
+Reads and writes the tables rounds and round_devices, and those of masked.py; reads who is revoked. Each change is one transaction.
 Never decides a transition itself, never touches a file.
 Source: ARCHITECTURE.md, "Rounds"; the box's mirror is edge_agent/ledger.py.
 """
@@ -10,8 +10,8 @@ import logging
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from cloud_hub import rounds
-from cloud_hub.database import Database, Device, Release, Round, RoundDevice, record_refusal
+from cloud_hub import masked, rounds
+from cloud_hub.database import Database, Device, MaskedRound, Release, Round, RoundDevice, record_refusal
 from cloud_hub.registry import NotFoundError
 from cloud_hub.rounds import Event, Member, State
 from fleet_link import messages
@@ -56,13 +56,23 @@ def drop(session: Session, round_id: str, reason: str, now: float) -> None:
     advance(session, row, rounds.Failed("dropped by the operator" + (f": {reason}" if reason else "")), now)
 
 
-def apply(database: Database, round_id: str, event: Event, now: float) -> None:
+def apply(database: Database, round_id: str, event: Event, now: float) -> bool:
     with database.writing() as session:
-        advance(session, session.get_one(Round, round_id), event, now)
+        return advance(session, session.get_one(Round, round_id), event, now)
 
 
-def advance(session: Session, row: Round, event: Event, now: float) -> None:
-    """Load, decide, store, in the caller's transaction."""
+def advance(session: Session, row: Round, event: Event, now: float) -> bool:
+    """Load, decide, store, in the caller's transaction; and settle what stages are over. True when the state changed."""
+    was = row.state
+    after = _advance_once(session, row, event, now)
+    while rounds.is_stage_over(after, now):  # each time a later state
+        after = _advance_once(session, row, masked.settle(session, plan_of(row), after), now)
+    if after.masked is not None and after.state in rounds.FINISHED:
+        masked.empty(session, row.round_id)
+    return row.state != was
+
+
+def _advance_once(session: Session, row: Round, event: Event, now: float) -> rounds.Round:
     parts = session.scalars(select(RoundDevice).filter_by(round_id=row.round_id)).all()
     before = rounds.Round(
         state=State(row.state),
@@ -72,17 +82,37 @@ def advance(session: Session, row: Round, event: Event, now: float) -> None:
         revoked=_revoked(session, row.round_id),
         candidate_digest=row.candidate_digest or "",
         reason=row.reason,
+        masked=masked.facts(session, row.round_id),
     )
     after, _ = rounds.advance(before, event, now)
     for part in parts:
         if part.state != after.members[part.device]:
-            part.state, part.changed_at = after.members[part.device], now
-            if part.state == Member.REFUSED and part.device in before.revoked:
-                _take_out(session, part, now)
+            _store_member(session, part, before, after, now)
+            if part.state == Member.LEFT and isinstance(event, rounds.Settled):
+                part.reason = _why_left(before, part.device)
+                log.info("round %s: %s %s", part.round_id, part.device, part.reason)
     if after.state is not before.state:
         row.state, row.reason, row.changed_at = after.state, after.reason[:REASON_CHARACTERS], now
         row.candidate_digest = after.candidate_digest or None
+        if after.masked is not None:
+            session.get_one(MaskedRound, row.round_id).stage_at = after.masked.stage_at
         log.info("round %s: %s -> %s%s", row.round_id, before.state, after.state, after.reason and f" ({after.reason})")
+    return after
+
+
+def _store_member(session: Session, part: RoundDevice, before: rounds.Round, after: rounds.Round, now: float) -> None:
+    part.state, part.changed_at = after.members[part.device], now
+    if part.state == Member.REFUSED and part.device in before.revoked:
+        _take_out(session, part, now)
+    elif part.state == Member.LEFT and before.state in rounds.COLLECTING:
+        part.counted_at, part.update_path = None, None  # later its update stays in the sum
+
+
+def _why_left(before: rounds.Round, device: str) -> str:
+    stage = rounds.STAGES[before.state]
+    if before.members[device] in stage.waits_for:
+        return f"left out: {stage.what} did not come in time"
+    return f"left out: too few of its neighbours sent {stage.what}"
 
 
 def _revoked(session: Session, round_id: str) -> frozenset[str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import msgspec
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from cloud_hub import registry
+from cloud_hub import masked, registry
 from cloud_hub.config import Config
 from cloud_hub.database import Counter, Database, Device, Round, RoundDevice, counter, record_refusal
 from cloud_hub.distribution import Distribution
@@ -33,10 +34,14 @@ from fleet_link.messages import (
     ReleaseReport,
     RoundAnswer,
     RoundClosed,
+    RoundKeys,
     RoundStatus,
+    Shares,
+    SurvivorsSigned,
     TransferOffer,
     TransferProgress,
     TransferReceipt,
+    Unmask,
 )
 from fleet_link.pki import Identity, Trust
 from fleet_link.topics import HUB, Channel, Direction, Topic, hub_subscription
@@ -106,6 +111,9 @@ class Link:
             timeout_s = 0
         now = self._parts.clock()
         self._trying(self._transfers.receive_due, now)
+        if self._parts.intake.has_moved():
+            self._transfers.drop_unwanted()
+            self._owe_everybody(now)
         if self._parts.bus.connected:
             self._trying(self._transfers.send_due, now)
             self._reconcile_due(now)
@@ -182,6 +190,8 @@ class Link:
                 self._on_heartbeat(device, message, now)
             case RoundAnswer():
                 self._receipt(device, message.message_id, self._parts.intake.answered(device, message, now))
+            case RoundKeys() | Shares() | SurvivorsSigned() | Unmask():
+                self._receipt(device, message.message_id, self._parts.intake.took(device, message, now))
             case ReleaseReport():
                 self._receipt(device, message.message_id, self._parts.distribution.reported(device, message, now))
                 self._news = True
@@ -248,9 +258,9 @@ class Link:
             active = active_round(session)
             part = session.get(RoundDevice, (active.round_id, device)) if active is not None else None
             known = {r: session.get(Round, r) for r in statuses}
-        missing: list[AnyMessage] = []
-        if active is not None and part is not None and _lacks_plan(active, part, statuses):
-            missing.append(plan_of(active))
+            missing: list[AnyMessage] = []
+            if active is not None and part is not None:
+                missing += _of_round(session, active, part, statuses.get(active.round_id))
         missing += [_closed(r, row) for r, row in known.items() if _lacks_end(row, statuses[r])]
         offered = self._parts.distribution.offers.get(device)
         if offered is not None:
@@ -298,11 +308,22 @@ class Link:
         self._last_trouble = str(error)
 
 
-def _lacks_plan(active: Round, part: RoundDevice, statuses: dict[str, RoundStatus]) -> bool:
+def _of_round(session: Session, active: Round, part: RoundDevice, status: RoundStatus | None) -> list[AnyMessage]:
+    """The plan, what the stage of a masked round has to say, or that it goes on without this box."""
+    if _lacks_plan(active, part, status):
+        return [plan_of(active)]
+    if part.state == Member.LEFT and status is not None and status.state not in ("closed", "declined"):
+        return [_dropped(active.round_id, part.reason)]
+    if part.state == Member.SHARED and status is not None and status.state in ("training", "uploading", "delivered"):
+        return []  # it has heard whom to mask against, and is at it
+    owed = masked.owed(session, active.round_id, State(active.state), part.device, Member(part.state), _id())
+    return [owed] if owed is not None else []
+
+
+def _lacks_plan(active: Round, part: RoundDevice, status: RoundStatus | None) -> bool:
     """Not answered; or joined, but its box has lost the round, or has delivered what a restored hub has lost."""
     if State(active.state) not in COLLECTING:
         return False
-    status = statuses.get(active.round_id)
     return part.state == Member.INVITED or (
         part.state == Member.JOINED and (status is None or status.state == "delivered")
     )
@@ -314,10 +335,14 @@ def _lacks_end(row: Round | None, status: RoundStatus) -> bool:
 
 def _closed(round_id: str, row: Round | None) -> RoundClosed:
     if row is None:
-        return RoundClosed(message_id=_id(), round_id=round_id, outcome="dropped", reason="the hub has no such round")
+        return _dropped(round_id, "the hub has no such round")
     if row.state == State.RELEASED:
         return RoundClosed(message_id=_id(), round_id=round_id, outcome="released")
-    return RoundClosed(message_id=_id(), round_id=round_id, outcome="dropped", reason=row.reason)
+    return _dropped(round_id, row.reason)
+
+
+def _dropped(round_id: str, reason: str) -> RoundClosed:
+    return RoundClosed(message_id=_id(), round_id=round_id, outcome="dropped", reason=reason)
 
 
 def _id() -> str:

@@ -1,4 +1,4 @@
-"""A box's sealed update becomes a delta that may be added: opened, decoded, limited.
+"""A box's sealed update becomes a delta, or masked words, that may be added: opened, decoded, limited.
 
 Reads bytes in memory; gives arrays.
 Never writes to disk, never lets one update weigh more than the plan and the hub's configuration allow.
@@ -6,16 +6,17 @@ Source: ARCHITECTURE.md, "The link"; the box's end is edge_agent/update.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fleet_link import sealing
+from fleet_link import masking, sealing
 from fleet_link.errors import TrustError
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Trust
 from models import delta
+from models.addable import Layout
 from models.errors import DeltaError
 
 # Rounding to 8 bits raises the norm of a delta a little; a box that did not clip is far above that.
@@ -41,6 +42,34 @@ class Update:
     serial: str  # of the certificate it was signed with
 
 
+@dataclass(frozen=True)
+class MaskedOpener:
+    """As Opener, for the words of a masked round."""
+
+    plan: RoundPlan
+    layout: Layout
+    sealing_key: sealing.SealingKey
+    trust: Trust
+
+
+@dataclass(frozen=True)
+class MaskedUpdate:
+    words: bytes = field(repr=False)  # exactly as many as the layout says; what they say nobody can read
+    examples: int  # as the box says
+    serial: str
+
+
+def open_masked(blob: bytes, opener: MaskedOpener, *, sender: str, now: float) -> MaskedUpdate:
+    """Raises TrustError unless `blob` is what `sender` sealed for this very plan, in the plan's number of words."""
+    plan, layout = opener.plan, opener.layout
+    opened = sealing.open_update(
+        blob, private_key=opener.sealing_key, trust=opener.trust, sender=sender, plan=plan, now=now
+    )
+    _check_examples(opened.examples, plan)
+    masking.unpack(opened.payload, layout.word_count, plan.word_bits)
+    return MaskedUpdate(opened.payload, opened.examples, opened.serial)
+
+
 def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Update:
     """Raises TrustError unless `blob` is a sound delta that `sender` sealed for this very plan."""
     plan = opener.plan
@@ -49,10 +78,7 @@ def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Upda
         blob, private_key=opener.sealing_key, trust=opener.trust, sender=sender, plan=plan, now=now
     )
     # 2. Enough examples to weigh anything.
-    if opened.examples < max(1, plan.min_examples):
-        raise TrustError(
-            f"{opened.examples} examples, the plan asks for {max(1, plan.min_examples)}", advice="inspect the device"
-        )
+    _check_examples(opened.examples, plan)
     # 3. Exactly the base's trainable tensors, all finite.
     try:
         change = delta.decode(opened.payload, opener.shapes)
@@ -63,3 +89,9 @@ def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Upda
     if norm > NORM_TOLERANCE * plan.clip_norm:
         raise TrustError(f"norm {norm:.3g}, the plan's limit is {plan.clip_norm:.3g}", advice="inspect the device")
     return Update(change, opened.examples, min(opened.examples, opener.examples_cap), opened.serial)
+
+
+def _check_examples(examples: int, plan: RoundPlan) -> None:
+    needed = max(1, plan.min_examples)
+    if examples < needed:
+        raise TrustError(f"{examples} examples, the plan asks for {needed}", advice="inspect the device")

@@ -14,10 +14,22 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from cloud_hub import ledger
-from cloud_hub.database import Certificate, Device, DeviceRelease, Refusal, Release, Round, RoundDevice, Site, Transfer
+from cloud_hub.database import (
+    Certificate,
+    Device,
+    DeviceRelease,
+    MaskedPart,
+    Refusal,
+    Release,
+    Round,
+    RoundDevice,
+    Site,
+    Transfer,
+)
 from cloud_hub.registry import NotFoundError, certificate_alarm, find_device
 
 View = dict[str, Any]
+STAGES_OF_MASKED = ("keys", "shares", "updates", "signed", "unmasked")
 
 # --- sites and devices ----------------------------------------------------------------------------
 
@@ -99,8 +111,9 @@ def rounds(session: Session) -> list[View]:
     ).all():
         states[round_id][state] = count
     made = dict(session.execute(select(Release.round_id, Release.release_version)).all())
+    came = _came(session)
     rows = session.scalars(select(Round).order_by(Round.created_at.desc()))
-    return [_round(row, states[row.round_id], made.get(row.round_id)) for row in rows]
+    return [_round(row, states[row.round_id], made.get(row.round_id), came[row.round_id]) for row in rows]
 
 
 def round_(session: Session, round_id: str) -> View:
@@ -118,10 +131,29 @@ def round_(session: Session, round_id: str) -> View:
     }
     members = [_member(part, device, moving.get(device.device)) for part, device in pairs]
     made = session.scalar(select(Release.release_version).where(Release.round_id == round_id))
-    return {**_round(row, Counter(member["state"] for member in members), made), "members": members}
+    states = Counter(member["state"] for member in members)
+    return {**_round(row, states, made, _came(session)[round_id]), "members": members}
 
 
-def _round(row: Round, states: Counter[str], release_version: int | None) -> View:
+def _came(session: Session) -> dict[str, Counter[str]]:
+    """What has come in each round: updates in or for the sum, and of a masked round the messages of its stages."""
+    came: dict[str, Counter[str]] = defaultdict(Counter)
+    updates = select(RoundDevice.round_id, func.count(RoundDevice.counted_at)).group_by(RoundDevice.round_id)
+    for round_id, count in session.execute(updates).all():
+        came[round_id]["updates"] = count
+    columns = {
+        "keys": MaskedPart.keys,
+        "shares": MaskedPart.shares,
+        "signed": MaskedPart.signature,
+        "unmasked": MaskedPart.unmask,
+    }
+    counts = [func.count(column) for column in columns.values()]
+    for round_id, *numbers in session.execute(select(MaskedPart.round_id, *counts).group_by(MaskedPart.round_id)).all():
+        came[round_id].update(dict(zip(columns, numbers, strict=True)))
+    return came
+
+
+def _round(row: Round, states: Counter[str], release_version: int | None, came: Counter[str]) -> View:
     plan = ledger.plan_of(row)
     return {
         "round_id": row.round_id,
@@ -142,6 +174,9 @@ def _round(row: Round, states: Counter[str], release_version: int | None) -> Vie
         "changed_at": row.changed_at,
         "deadline": row.deadline,
         "device_states": dict(states),
+        "noise": plan.noise,
+        "min_cohort": plan.min_cohort if plan.kind == "masked" else None,
+        "came": {name: came[name] for name in (STAGES_OF_MASKED if plan.kind == "masked" else ("updates",))},
     }
 
 

@@ -202,6 +202,12 @@ def _print_status(gathered: "Status") -> None:
         )
     out.print("series: " + (", ".join(f"{n} {name}" for name, n in gathered.series.items()) or "none yet"))
     out.print("counts: " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in gathered.counts.items()))
+    if gathered.privacy["rounds"]:
+        spent = gathered.privacy
+        out.print(
+            f"privacy: epsilon {spent['epsilon']:.3g} of {spent['epsilon_max']:g} spent at delta {spent['delta']:g}, "
+            f"in {spent['rounds']} rounds"
+        )
     _print_rows(
         "Tasks: reviewed cases whose label was in the set, 90 % is promised",
         [_task_row(task) for task in gathered.tasks],

@@ -107,7 +107,13 @@ class Policy:
     learn: bool
     tasks: tuple[Literal["XR", "CT", "MR"], ...]
     allow_unsafe_open_rounds: bool
+    min_cohort: Annotated[
+        int, Meta(ge=3, le=1000, description="a number of boxes from 3 to 1000: of two, each knows the other's part")
+    ]
     min_examples: Annotated[int, Meta(ge=1)]
+    require_noise: bool
+    epsilon_max: Annotated[float, Meta(gt=0.0, le=1e6, description="epsilon is a number above 0")]
+    delta: Annotated[float, Meta(gt=0.0, le=0.1, description="delta is a number above 0, at most 0.1; 1e-5 is usual")]
     hours: Hours
 
 

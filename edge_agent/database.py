@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fleet_link.errors import SiteError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+TIMEOUT_S = 30.0  # a thread waits so long for another's transaction
 # What schema.sql cannot do to a table that is there already, by the version that it leads to.
 CHANGES = {2: "ALTER TABLE quarantine ADD COLUMN SOPInstanceUID TEXT NOT NULL DEFAULT ''"}
 
@@ -28,11 +29,12 @@ def connect(data_dir: Path) -> sqlite3.Connection:
     path = data_dir / "box.db"
     with suppress(OSError):  # there already, or SQLite says better what is wrong
         os.mknod(path, stat.S_IFREG | 0o600)  # no descriptor: closing one would drop the locks of other connections
-    db = sqlite3.connect(path, isolation_level=None, timeout=30.0)  # -wal and -shm get the mode of box.db
+    db = sqlite3.connect(path, isolation_level=None, timeout=TIMEOUT_S)  # -wal and -shm get the mode of box.db
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.execute("PRAGMA foreign_keys=ON")
+    db.execute("PRAGMA secure_delete=ON")  # secrets of a masked round do not stay in free pages
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA_VERSION:
         raise SiteError(
@@ -70,6 +72,15 @@ class transaction:  # noqa: N801 - reads as a statement: `with transaction(db):`
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
         self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def forget_on_disk(db: sqlite3.Connection) -> None:
+    """What was deleted leaves the write-ahead log too; where another thread reads at this moment, with the log's next turn."""
+    db.execute("PRAGMA busy_timeout=0")
+    try:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        db.execute(f"PRAGMA busy_timeout={int(TIMEOUT_S * 1000)}")
 
 
 def count(db: sqlite3.Connection, name: str, amount: int = 1) -> None:

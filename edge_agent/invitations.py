@@ -10,29 +10,32 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from edge_agent import bundles, learn, ledger, policy, replay, rounds
+from edge_agent import bundles, learn, ledger, masked, policy, privacy, replay, rounds
 from edge_agent.config import Config
 from edge_agent.ledger import Outcome, Round
-from edge_agent.rounds import Event, State
+from edge_agent.rounds import COUNTED, Event, State
 from fleet_link.messages import RoundPlan
+from fleet_link.pki import Identity
 
 SETTLING_S = 60.0  # verdicts given just before the invitation become examples first
 
 
-def take(db: sqlite3.Connection, config: Config, device: str, plan: RoundPlan, now: float) -> None:
+def take(db: sqlite3.Connection, config: Config, identity: Identity, plan: RoundPlan, now: float) -> None:
     """A plan, for the first time or again: what the hub has missed, or forgot with an old backup, is said once more."""
     known = ledger.invite(db, plan, now)
     if known.state is State.INVITED:
-        _judge(db, config, known, now)
+        _judge(db, config, identity, known, now)
         return
-    event, outcome = _answer_again(known, config.box.data_dir, device)
+    event, outcome = _answer_again(known, config.box.data_dir, identity.name)
+    if known.plan.kind == "masked" and event is Event.INVITATION:
+        outcome = replace(outcome, said=masked.keys_again(db, known.round_id))
     ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)
 
 
 def _answer_again(known: Round, data_dir: Path, device: str) -> tuple[Event, Outcome]:
     if known.state is State.CLOSED:
         return Event.INVITATION, Outcome(reason=known.reason or "the round is over on this box")
-    if known.state is not State.DELIVERED:
+    if known.state not in COUNTED:
         return Event.INVITATION, Outcome()
     update = data_dir / known.update_path
     if not update.is_file():
@@ -41,9 +44,9 @@ def _answer_again(known: Round, data_dir: Path, device: str) -> tuple[Event, Out
     return Event.INVITATION, Outcome(reason=replay.NOT_COUNTED, update=again)
 
 
-def judge_waiting(db: sqlite3.Connection, config: Config, now: float) -> None:
+def judge_waiting(db: sqlite3.Connection, config: Config, identity: Identity, now: float) -> None:
     for waiting in ledger.in_states(db, State.INVITED):
-        _judge(db, config, waiting, now)
+        _judge(db, config, identity, waiting, now)
 
 
 def close_expired(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
@@ -54,12 +57,15 @@ def close_expired(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
             ledger.apply(db, data_dir, known.round_id, event, now, Outcome(reason=reason))
 
 
-def _judge(db: sqlite3.Connection, config: Config, invited: Round, now: float) -> None:
+def _judge(db: sqlite3.Connection, config: Config, identity: Identity, invited: Round, now: float) -> None:
     plan = invited.plan
+    base = bundles.base_file(db, config.box.data_dir, plan.base_digest)
     facts = policy.Facts(
-        base_here=bundles.base_file(db, config.box.data_dir, plan.base_digest) is not None,
+        base_here=base is not None,
         train_examples=len(learn.examples(db, config.policy.tasks, "train")),
         local_minute=policy.local_minute(now),
+        cost=privacy.cost_of(plan, base) if plan.noise and base is not None else None,
+        costs_before=tuple(privacy.spent_or_pledged(db)),
     )
     if not facts.base_here and bundles.is_coming(db, plan.base_digest) and now < plan.deadline_unix_s:
         return
@@ -68,6 +74,9 @@ def _judge(db: sqlite3.Connection, config: Config, invited: Round, now: float) -
         return
     event = Event.REFUSED_HERE if reason else Event.ADMITTED
     outcome = Outcome(examples=facts.train_examples, reason=reason)
+    if plan.kind == "masked" and not reason:
+        part, keys = masked.begin(plan, identity, config.policy.min_cohort)
+        outcome = replace(outcome, part=part, said=keys, cost=facts.cost)
     ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)
 
 

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event as StopEvent
 
-from edge_agent import bundles, database, learn, ledger, policy, replay, update
+from edge_agent import bundles, database, learn, ledger, policy, privacy, replay, update
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.database import transaction
 from edge_agent.evaluation import MAX_HELDOUT
 from edge_agent.identity import Enrolled
 from edge_agent.ledger import Outcome, Round
+from edge_agent.masking import Part
 from edge_agent.rounds import Event, State
 from fleet_link import pki
-from fleet_link.errors import LinkError, SiteError
+from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.files import write_durably
 from models.bundle import Bundle, read_bundle
 from models.errors import BundleError
@@ -97,7 +98,7 @@ class Learner:
         except learn.TrainingStoppedError:
             log.info("round %s: training stopped", of.round_id)
             return
-        except (learn.CannotTrainError, LinkError, BundleError) as error:
+        except (learn.CannotTrainError, LinkError, TrustError, BundleError) as error:
             log.warning("round %s: %s", of.round_id, error)
             ledger.apply(db, self._data_dir, of.round_id, Event.FAILED, self._clock(), Outcome(reason=str(error)))
             return
@@ -130,6 +131,8 @@ class Learner:
         base = read_bundle(base_path)
         if not base.manifest.is_trainable:
             raise learn.CannotTrainError(f"the round's base {base.manifest.name} is an imported network: not trainable")
+        if of.plan.noise and (against := self._against_budget(db, of)):
+            raise learn.CannotTrainError(against)
         needed = max(settings.policy.min_examples, of.plan.min_examples)
         chosen = self._chosen(db, of, base, needed)
         examples = learn.lay_out(db, self._data_dir, base, chosen, folder)
@@ -140,7 +143,11 @@ class Learner:
         log.info("round %s: training on %d examples", of.round_id, examples)
         trained = learn.train(of.plan, base, folder, settings.learning, stopped)
         _judge(of, trained.report, folder)
-        sealed = update.build(base.weights, trained.weights, of.plan, identity, examples)
+        if of.plan.kind == "masked":
+            words = update.to_words(base.weights, trained.weights, of.plan, examples)
+            sealed = update.build_masked(words, of.plan, identity, examples, _part(db, of))
+        else:
+            sealed = update.build(base.weights, trained.weights, of.plan, identity, examples)
         log.info("round %s: delta norm %.3g", of.round_id, sealed.norm_before_clip)
         path = f"updates/{of.round_id}.sealed"
         write_durably(self._data_dir / path, sealed.sealed)
@@ -150,7 +157,12 @@ class Learner:
             reason=replay.NOT_COUNTED,
             update_path=path,
             update=ledger.offer_of(self._data_dir / path, of.round_id, identity.name),
+            part=sealed.part,
         )
+
+    def _against_budget(self, db: sqlite3.Connection, of: Round) -> str:
+        """The site may have lowered its budget since it joined."""
+        return policy.against_budget(self._config.policy, privacy.spent(db), privacy.pledged_for(db, of.round_id))
 
     def _chosen(self, db: sqlite3.Connection, of: Round, base: Bundle, needed: int) -> list[learn.Example]:
         """To train on, and the newest held-out ones. Together never fewer than the round needs."""
@@ -164,6 +176,17 @@ class Learner:
         older_max = max(self._config.learning.replay_max, needed - new)
         taught = replay.choose(training, learned, older_max, of.plan.seed)
         return taught + heldout[-MAX_HELDOUT:]
+
+
+def _part(db: sqlite3.Connection, of: Round) -> Part:
+    """Raises CannotTrainError where it is damaged, or the round was closed a moment ago."""
+    try:
+        part = ledger.part_of(db, of.round_id)
+    except SiteError as error:
+        raise learn.CannotTrainError(str(error), advice=error.advice) from error
+    if part is None:
+        raise learn.CannotTrainError("this box has no part in the round any more")
+    return part
 
 
 def _judge(of: Round, report: learn.Report, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Rounds, durable messages and outgoing transfers as rows: what link, learner and installer hand to one another.
 
-Reads and writes the tables rounds, link_outbox and transfers_out; rounds.py decides, this file stores.
+Reads and writes the tables rounds, masked_parts, privacy_costs, link_outbox and transfers_out; rounds.py decides, this
+file stores.
 Never talks to the hub and never trains.
 Source: ARCHITECTURE.md, "The house": every hand-over inside the box is a row on disk.
 """
@@ -8,21 +9,33 @@ Source: ARCHITECTURE.md, "The house": every hand-over inside the box is a row on
 import hashlib
 import logging
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from edge_agent import database, rounds
+from edge_agent import database, masking, privacy, rounds
 from edge_agent.database import transaction
+from edge_agent.masking import Part
 from edge_agent.rounds import Command, Event, State
 from fleet_link import chunks, messages
 from fleet_link.errors import WardroundError
-from fleet_link.messages import AnyMessage, RoundAnswer, RoundPlan, TransferOffer
+from fleet_link.messages import (
+    AnyMessage,
+    RoundAnswer,
+    RoundKeys,
+    RoundPlan,
+    Shares,
+    SurvivorsSigned,
+    TransferOffer,
+    Unmask,
+)
+from models.accountant import Cost
 
 log = logging.getLogger(__name__)
 
 MAX_REASON_CHARACTERS = 480  # the wire's Text has 500
+Stage = RoundKeys | Shares | SurvivorsSigned | Unmask  # what a box says in a masked round, in order
 OPEN_STATES = tuple(state for state in State if state is not State.CLOSED)
 
 
@@ -45,6 +58,9 @@ class Outcome:
     reason: str | None = None
     update: TransferOffer | None = None
     update_path: str | None = None  # relative to data_dir
+    part: Part | None = None  # in a masked round, after the event
+    cost: Cost | None = None  # of joining a round with noise
+    said: Stage | None = field(default=None, repr=False)  # in a masked round, at this stage; may hold shares
 
 
 def message_id(*parts: object) -> str:
@@ -90,7 +106,7 @@ def apply(
         before = find(db, round_id)
         if before is None:
             return None
-        state, commands = rounds.advance(before.state, event)
+        state, commands = rounds.advance(before.plan.kind, before.state, event)
         if state is before.state and not commands:
             return state
         after = _store(db, before, state, outcome, now)
@@ -98,9 +114,27 @@ def apply(
             _carry_out(db, command, after, outcome, now)
     if Command.DROP_UPDATE in commands and before.update_path:
         (data_dir / before.update_path).unlink(missing_ok=True)
+    if Command.DROP_PART in commands:
+        database.forget_on_disk(db)
     if state is not before.state:
         log.info("round %s: %s -> %s%s", round_id, before.state, state, f" ({after.reason})" if after.reason else "")
     return state
+
+
+def part_of(db: sqlite3.Connection, round_id: str) -> Part | None:
+    """None: no masked round, or one that is over for this box. Raises SiteError where the row is damaged."""
+    row = db.execute("SELECT part FROM masked_parts WHERE round_id = ?", (round_id,)).fetchone()
+    return masking.decode(row["part"]) if row else None
+
+
+def lose_update(db: sqlite3.Connection, data_dir: Path, known: Round, why: str, now: float) -> None:
+    """The sealed update is not there any more. An open round trains again.
+
+    A masked round ends here for this box: a second update under the same masks would bare the difference of the two.
+    """
+    reason = "" if known.plan.kind == "unsafe_open" else f"{why}; a masked round has no second one"
+    log.error("round %s: %s", known.round_id, reason or f"{why}; training again")
+    apply(db, data_dir, known.round_id, Event.LOST, now, Outcome(reason=reason))
 
 
 def hold_up(db: sqlite3.Connection, what: str, error: WardroundError, now: float) -> None:
@@ -184,6 +218,25 @@ def _carry_out(db: sqlite3.Connection, command: Command, of: Round, outcome: Out
         )
     elif command is Command.DROP_TRANSFER:
         db.execute("DELETE FROM transfers_out WHERE kind = 'update' AND subject = ?", (of.round_id,))
+    elif command is Command.SAY_STAGE and outcome.said is not None:
+        enqueue(db, outcome.said, now)
+    elif command is Command.KEEP_PART:
+        assert outcome.part is not None
+        db.execute("INSERT OR REPLACE INTO masked_parts VALUES (?, ?)", (of.round_id, masking.encode(outcome.part)))
+    elif command is Command.DROP_PART:
+        _drop_part(db, of.round_id)
+        privacy.release(db, of.round_id)
+    elif command is Command.PLEDGE_PRIVACY and outcome.cost is not None:
+        privacy.pledge(db, of.round_id, outcome.cost)
+    elif command is Command.SPEND_PRIVACY:
+        privacy.spend(db, of.round_id)
+
+
+def _drop_part(db: sqlite3.Connection, round_id: str) -> None:
+    db.execute("DELETE FROM masked_parts WHERE round_id = ?", (round_id,))
+    for waiting in pending(db):
+        if isinstance(waiting, Stage) and waiting.round_id == round_id:
+            received(db, waiting.message_id)
 
 
 def _answer(db: sqlite3.Connection, of: Round, joins: bool, now: float) -> None:

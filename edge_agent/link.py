@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event as StopEvent
 
-from edge_agent import database, health, hub_change, invitations, ledger, releases
+from edge_agent import database, health, hub_change, invitations, ledger, masked, releases
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config, Hub
 from edge_agent.hub_change import HIGHEST_SEQUENCE
@@ -25,11 +25,15 @@ from fleet_link import envelope
 from fleet_link.bus import Bus, BusConfig, Received
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.messages import (
+    Agreement,
     AnyMessage,
+    Cohort,
     Receipt,
     ReleaseOffer,
     RoundClosed,
     RoundPlan,
+    SharesForwarded,
+    Survivors,
     TransferOffer,
     TransferProgress,
     TransferReceipt,
@@ -162,7 +166,9 @@ class Conversation:
     def _dispatch(self, message: AnyMessage, now: float) -> None:
         match message:
             case RoundPlan():
-                invitations.take(self._db, self._link.config, self._device, message, now)
+                invitations.take(self._db, self._link.config, self._link.enrolled.identity, message, now)
+            case Cohort() | SharesForwarded() | Survivors() | Agreement():
+                masked.take(self._db, self._data_dir, self._link.enrolled, message, now)
             case RoundClosed():
                 outcome = ledger.Outcome(reason=message.reason or None)
                 ledger.apply(self._db, self._data_dir, message.round_id, Event.CLOSED_BY_HUB, now, outcome)
@@ -194,7 +200,7 @@ class Conversation:
 
         Each is guarded by itself: a bad file or row must not silence the heartbeat.
         """
-        self._guarded(invitations.judge_waiting, self._db, self._link.config, now)
+        self._guarded(invitations.judge_waiting, self._db, self._link.config, self._link.enrolled.identity, now)
         self._guarded(invitations.close_expired, self._db, self._data_dir, now)
         self._guarded(self._transfers.load_outgoing, now)
         self._keep_counts()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fleet_link import cohort, masking, shares
 from fleet_link.cohort import Judge, Place, PublicKeys, Roster, RoundOf
-from fleet_link.errors import SiteError, TrustError
+from fleet_link.errors import SiteError, TooFewError, TrustError
 from fleet_link.masking import WordBits
 from fleet_link.messages import (
     Agreement,
@@ -168,7 +168,10 @@ def admit(part: Part, forwarded: SharesForwarded) -> Part:
     _check_enough(part, "sent their shares", len(forwarded.sealed))
     left = len(everyone.names) - len(part.neighbours) + len(forwarded.sealed)
     if left < part.min_cohort:
-        raise TrustError(f"at most {left} boxes are left, this box asks for {part.min_cohort}")
+        raise TooFewError(
+            f"at most {left} boxes are left, this box asks for {part.min_cohort}",
+            advice="too many boxes dropped out; the next round may do better",
+        )
     own = _share_key(part.secrets)
     held = {
         sender: shares.open(packet, Route(cohort_digest, sender, part.name), own, part.neighbours[sender].share_key)
@@ -214,7 +217,7 @@ def sign_survivors(part: Part, identity: Identity, told: Survivors, *, message_i
         raise TrustError("this box is not in the sum it shall open, or has given no update", advice="inspect the hub")
     # 4. Large enough for this site.
     if len(told.active) < part.min_cohort:
-        raise TrustError(
+        raise TooFewError(
             f"a sum of {len(told.active)} boxes, this box asks for {part.min_cohort}",
             advice="too many boxes dropped out; the next round may do better",
         )

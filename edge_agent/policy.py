@@ -6,10 +6,15 @@ Source: ARCHITECTURE.md, "The link": "The site decides".
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_agent.config import Policy
 from fleet_link.messages import RoundPlan
+from fleet_link.sealing import plan_digest
+from models import accountant, round_layout
+from models.accountant import Cost
+from models.errors import DeltaError
 
 MINUTES_A_DAY = 24 * 60
 
@@ -21,14 +26,20 @@ class Facts:
     base_here: bool  # the plan's base bundle is on this disk
     train_examples: int  # reviewed series this policy lets it learn from
     local_minute: int  # minutes since local midnight
+    cost: Cost | None = None  # of the round's noise, where it has some and the base is here
+    costs_before: tuple[Cost, ...] = ()  # of rounds joined before, sent or not yet sent
 
 
 def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
     """Gives "" when the box may join, else the reason that the hub and the site will read."""
     if not policy.learn:
         return "this site's policy does not learn (policy.learn = false)"
-    if plan.kind == "masked":
-        return "this software version knows no masked rounds"
+    if plan.kind == "masked" and (reason := _against_masks(plan, policy)):
+        return reason
+    if plan.kind == "unsafe_open" and plan.noise:
+        return "an open round adds no noise, whatever its plan says"
+    if policy.require_noise and not plan.noise:
+        return "the round adds no noise to what it learns (policy.require_noise = true)"
     if plan.kind == "unsafe_open" and not policy.allow_unsafe_open_rounds:
         return "this site allows no rounds in which the hub reads its update (policy.allow_unsafe_open_rounds = false)"
     if now >= plan.deadline_unix_s:
@@ -40,6 +51,34 @@ def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
     needed = max(policy.min_examples, plan.min_examples)
     if facts.train_examples < needed:
         return f"{facts.train_examples} reviewed examples for {', '.join(policy.tasks) or 'no task'}, needs {needed}"
+    return against_budget(policy, facts.costs_before, facts.cost) if plan.noise else ""
+
+
+def against_budget(policy: Policy, before: Sequence[Cost], cost: Cost | None) -> str:
+    """Gives "" when the site's privacy budget has room for one more round of this cost."""
+    if cost is None:
+        return "what the round's noise would cost cannot be told: its words have no room for it"
+    would_be = accountant.epsilon([*before, cost], policy.delta)
+    if would_be <= policy.epsilon_max:
+        return ""
+    return (
+        f"this site's privacy budget: epsilon {accountant.epsilon(before, policy.delta):.3g} is spent or promised and would "
+        f"become {would_be:.3g} at delta {policy.delta:g}, above {policy.epsilon_max:g} (policy.epsilon_max)"
+    )
+
+
+def _against_masks(plan: RoundPlan, policy: Policy) -> str:
+    if plan.boxes_max < policy.min_cohort:
+        return (
+            f"at most {plan.boxes_max} boxes stand in the round's sum, this site asks for "
+            f"{policy.min_cohort} (policy.min_cohort)"
+        )
+    if plan.noise and plan.noise_boxes > max(plan.min_cohort, policy.min_cohort):
+        return f"the round counts on the noise of {plan.noise_boxes} boxes, more than stand in its sum for certain"
+    try:
+        round_layout.check(plan, plan_digest(plan))
+    except DeltaError as error:
+        return f"the round's sum cannot be: {error}"
     return ""
 
 

@@ -13,16 +13,16 @@ import numpy as np
 
 from edge_agent import database
 from edge_agent.learn import Example
-from edge_agent.rounds import State
+from edge_agent.rounds import COUNTED, State
 from models.spec import MODALITIES
 
 # The reason of a sealed round until the hub's receipt, which clears it: a round that closes before keeps it.
 NOT_COUNTED = "the hub has not yet confirmed this box's update"
 # Counter of a modality and a round: the newest verdict that its update was trained on.
 LEARNED_UP_TO = "learned up to, "
-COUNTED = """
+NEWEST_COUNTED = """
     SELECT COALESCE(MAX(c.value), 0) FROM counters c JOIN rounds r ON c.name = ? || r.round_id
-    WHERE r.state = ? OR (r.state = ? AND r.update_path <> '' AND r.reason = '')
+    WHERE r.state IN (?, ?, ?) OR (r.state = ? AND r.update_path <> '' AND r.reason = '')
 """
 
 
@@ -44,7 +44,7 @@ def learned_up_to(db: sqlite3.Connection) -> dict[str, int]:
     """By modality the newest verdict in an update that the hub has counted, and whose round it did not drop."""
     found = {}
     for modality in MODALITIES:
-        (newest,) = db.execute(COUNTED, (_counter(modality, ""), State.DELIVERED, State.CLOSED)).fetchone()
+        (newest,) = db.execute(NEWEST_COUNTED, (_counter(modality, ""), *COUNTED, State.CLOSED)).fetchone()
         if newest:
             found[modality] = int(newest)
     return found

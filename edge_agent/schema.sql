@@ -116,6 +116,20 @@ CREATE TABLE IF NOT EXISTS rounds (
   changed_at         REAL NOT NULL
 );
 
+CREATE TABLE IF NOT EXISTS masked_parts (          -- of masked rounds that are on; goes with the round
+  round_id           TEXT PRIMARY KEY REFERENCES rounds(round_id) ON DELETE CASCADE,
+  part               BLOB NOT NULL                 -- edge_agent.masking.Part, with its secrets
+);
+
+CREATE TABLE IF NOT EXISTS privacy_costs (         -- of rounds with noise; outlives its round: what was spent is never forgotten
+  cost_no            INTEGER PRIMARY KEY,
+  round_id           TEXT NOT NULL,
+  l2_squared         INTEGER NOT NULL,             -- models.accountant.Cost
+  l1                 INTEGER NOT NULL,
+  variance           INTEGER NOT NULL,
+  is_spent           INTEGER NOT NULL DEFAULT 0    -- 0: pledged since the round was joined; goes with the round
+);
+
 CREATE TABLE IF NOT EXISTS bundles (
   bundle_digest      TEXT PRIMARY KEY,
   release_version    INTEGER NOT NULL,

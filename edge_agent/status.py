@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_agent import database, health, identity, task_status
-from edge_agent.config import Config
+from edge_agent import database, health, identity, privacy, task_status
+from edge_agent.config import Config, Policy
 from edge_agent.task_status import TaskStatus
 from fleet_link.errors import SiteError
+from models import accountant
 
 LOCK = "run.lock"
 SHOWN = 20  # newest rows of each list
@@ -39,6 +40,7 @@ class Status:
     failed: list[dict[str, Any]]
     pacs: list[dict[str, Any]]  # results that the PACS has not taken yet
     rounds: list[dict[str, Any]]
+    privacy: dict[str, Any]  # what rounds with noise have cost this site
     refused_bundles: list[dict[str, Any]]
     disk_free_bytes: int
     alarms: list[str]
@@ -94,6 +96,7 @@ def gather(config: Config) -> Status:
             failed=_newest(db, "series", "series_no, Modality, state, reason", "state IN ('failed', 'not-for-us')"),
             pacs=_newest(db, "outbox", "item_no, kind, state, attempts, last_error", "state <> 'delivered'"),
             rounds=_newest(db, "rounds", "round_id, state, examples, reason, changed_at"),
+            privacy=_spent(db, config.policy),
             refused_bundles=_newest(db, "bundles", "bundle_digest, release_version, reason", "state = 'refused'"),
             disk_free_bytes=free,
             alarms=health.alarms(db, config, free),
@@ -101,6 +104,16 @@ def gather(config: Config) -> Status:
         )
     finally:
         db.close()
+
+
+def _spent(db: sqlite3.Connection, policy: Policy) -> dict[str, Any]:
+    costs = privacy.spent(db)
+    return {
+        "rounds": len(costs),
+        "epsilon": accountant.epsilon(costs, policy.delta),
+        "epsilon_max": policy.epsilon_max,
+        "delta": policy.delta,
+    }
 
 
 def _newest(db: sqlite3.Connection, table: str, columns: str, where: str = "1") -> list[dict[str, Any]]:

@@ -77,8 +77,9 @@ class Transfers:
     def _start_outgoing(self, row: sqlite3.Row, now: float) -> None:
         path = self._data_dir / row["path"]
         if not path.exists() or path.stat().st_size != row["size"]:
-            log.error("round %s: its sealed update is lost from the disk; training again", row["subject"])
-            ledger.apply(self._db, self._data_dir, row["subject"], Event.LOST, now, ledger.Outcome(reason=""))
+            known = ledger.find(self._db, row["subject"])
+            if known is not None:
+                ledger.lose_update(self._db, self._data_dir, known, "its sealed update is lost from the disk", now)
             return
         offer = chunks.new_offer(
             path,

@@ -1,21 +1,23 @@
-"""What fine-tuning changed becomes a sealed update: delta, clip, encode, seal and sign.
+"""What fine-tuning changed becomes a sealed update: delta, clip, encode, in a masked round mask, seal and sign.
 
 Reads weights in memory; gives the sealed bytes.
 Never writes to disk, never lets a weight leave unsealed.
-Source: ARCHITECTURE.md, "The link"; the delta codec is models.delta, the envelope fleet_link.sealing.
+Source: ARCHITECTURE.md, "The link"; the codecs are models.delta and models.addable, the envelope fleet_link.sealing.
 """
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent import masking
 from edge_agent.learn import CannotTrainError
+from edge_agent.masking import Part
 from fleet_link import pki, sealing
 from fleet_link.messages import RoundPlan
-from models import delta
+from models import addable, delta, round_layout
 from models.errors import DeltaError
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -24,6 +26,13 @@ Weights = Mapping[str, NDArray[np.float32]]
 @dataclass(frozen=True)
 class Update:
     sealed: bytes
+    norm_before_clip: float
+    part: Part | None = None  # of a masked round: knows its one update from now on
+
+
+@dataclass(frozen=True)
+class Addable:
+    words: NDArray[np.signedinteger] = field(repr=False)  # of the plan's word size
     norm_before_clip: float
 
 
@@ -39,6 +48,29 @@ def build(before: Weights, after: Weights, plan: RoundPlan, identity: pki.Identi
     except DeltaError as error:
         raise CannotTrainError(f"the trained weights cannot be sent: {error}", advice=error.advice) from error
     return Update(sealing.seal_update(payload, identity=identity, plan=plan, examples=examples), norm)
+
+
+def to_words(before: Weights, after: Weights, plan: RoundPlan, examples: int) -> Addable:
+    """The delta as words that add up. Rounded anew each time, so no two are alike. Raises CannotTrainError as `build`."""
+    try:
+        names = delta.trainable_names(before, plan.trainable)
+        change = delta.subtract(after, before, names)
+        layout = round_layout.layout_of(plan, sealing.plan_digest(plan), {name: before[name].shape for name in names})
+        weight_share = round_layout.weight_share(examples, plan)
+        words, _ = addable.encode(change, layout, weight_share, np.random.default_rng())  # the system's randomness
+    except DeltaError as error:
+        raise CannotTrainError(f"the trained weights cannot be sent: {error}", advice=error.advice) from error
+    return Addable(words.view(f"i{words.itemsize}"), delta.norm(change))
+
+
+def build_masked(made: Addable, plan: RoundPlan, identity: pki.Identity, examples: int, part: Part) -> Update:
+    """Sealed as well: neither broker nor wiretap sees what only the hub may add up.
+
+    Raises TrustError where this part has masked another update before: see masking.mask.
+    """
+    masked_part, payload = masking.mask(part, made.words)
+    sealed = sealing.seal_update(payload, identity=identity, plan=plan, examples=examples)
+    return Update(sealed, made.norm_before_clip, masked_part)
 
 
 def rounding_seed(plan: RoundPlan, device: str) -> int:

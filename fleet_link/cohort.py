@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from fleet_link.errors import TrustError
+from fleet_link.errors import TooFewError, TrustError
 from fleet_link.masking import bound
 from fleet_link.messages import NEIGHBOURS, Bytes32, Cohort, Name, SignedKeys, Survivors
 from fleet_link.pki import Identity, Trust, parse_certificate
@@ -155,7 +155,7 @@ def verify_cohort(shown: Cohort, place: Place, judge: Judge) -> Roster:
     _check_sorted("cohort", shown.names)
     # 2. Large enough for this site.
     if len(shown.names) < place.min_cohort:
-        raise TrustError(
+        raise TooFewError(
             f"a cohort of {len(shown.names)}, this box asks for {place.min_cohort}",
             advice="too few boxes take part: invite more, or lower the site's minimum cohort",
         )

@@ -24,3 +24,7 @@ class LinkError(WardroundError):
 
 class TrustError(WardroundError):
     """Bad signature, wrong digest, replay, rollback: refuse, stop and alarm."""
+
+
+class TooFewError(TrustError):
+    """Fewer boxes than a site asks for. Nobody's lie where the site asks for more than the round's plan: no alarm then."""

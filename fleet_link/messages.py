@@ -14,6 +14,8 @@ from fleet_link.errors import LinkError
 from fleet_link.pki import MAX_CERTIFICATE_BYTES
 
 MAX_MESSAGE_BYTES = 96 * 1024  # managed brokers cap a packet at 128 KB; room for the envelope
+NEIGHBOURS = 32  # at most: whom one box of a masked round shares masks and secrets with
+COHORT = 1000  # at most: boxes in one masked round
 
 # \Z, not $: Python's $ also accepts a newline at the end.
 Name = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]*\Z")]
@@ -65,6 +67,9 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 # --- rounds ---------------------------------------------------------------------------------------
 
 
+Rule = Literal["fedavg", "median", "trimmed_mean", "krum", "multi_krum", "centred_clip"]
+
+
 class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Hub's invitation. The box checks it against its own site policy and may decline.
 
@@ -74,7 +79,7 @@ class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     round_id: Name
     kind: Literal["unsafe_open", "masked"]
     base_digest: Digest
-    rule: Literal["fedavg"]
+    rule: Rule  # masked: fedavg
     trainable: Literal["all", "heads", "norms", "adapters"]  # as models.delta.trainable_names
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e9)]
     epochs: Annotated[int, Meta(ge=1, le=1000)]
@@ -85,6 +90,12 @@ class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     deadline_unix_s: Annotated[float, Meta(ge=0.0, le=1e11)]  # bounds also refuse NaN and infinity
     min_cohort: Count = 0  # masked: so many boxes at least stand in one sum; the box may ask for more
     word_bits: Literal[16, 32] = 32  # masked: the sum is modulo 2^word_bits
+    value_bits: Annotated[int, Meta(ge=4, le=16)] = 16  # masked: of one box's values, as models.addable has them
+    boxes_max: Annotated[int, Meta(ge=1, le=COHORT)] = COHORT  # masked: so many boxes at most stand in one sum
+    share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # masked: of the coordinates, those this round moves
+    examples_cap: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 1000  # masked: more examples than these weigh no more
+    noise: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0  # masked: multiplier, as models.layout has it; 0 is none
+    noise_boxes: Annotated[int, Meta(ge=0, le=COHORT)] = 0  # masked: so many honest boxes' noise makes it up
 
 
 class RoundAnswer(Message, frozen=True, kw_only=True):
@@ -103,9 +114,6 @@ class RoundClosed(Message, frozen=True, kw_only=True):
 
 
 # --- masked rounds: the stages in order; edge_agent.masking and cloud_hub.secure_sum say what each must prove --------
-
-NEIGHBOURS = 32  # at most: whom one box shares masks and secrets with
-COHORT = 1000
 
 Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -249,7 +257,7 @@ class TransferReceipt(Message, frozen=True, kw_only=True):
 
 
 class Receipt(Message, frozen=True, kw_only=True):
-    """Answer to a durable message (RoundAnswer, ReleaseReport): it is on the receiver's disk."""
+    """Answer to a durable message (RoundAnswer, RoundKeys, Shares, SurvivorsSigned, Unmask, ReleaseReport): it is on the receiver's disk."""
 
     of: TransferId
     accepted: bool = True

@@ -1,8 +1,9 @@
 """The addable delta codec: words modulo 2^16 or 2^32 whose sum over the boxes decodes to the mean delta.
 
 Reads and writes arrays in memory: one word of weight, then two's complement levels of the chosen, rotated coordinates.
-Never does I/O or draws unseeded noise; what does not fit the layout is refused with DeltaError.
-Source: rotation Suresh 2017, its two stages Andoni 2015; rounding Alistarh 2017; memory Seide 2014, Stich 2018.
+Never does I/O; what does not fit the layout is refused with DeltaError.
+Source: rotation Suresh 2017, its two stages Andoni 2015; rounding Alistarh 2017; memory Seide 2014, Stich 2018; noise
+Agarwal, Kairouz, Liu 2021.
 
 The order is choose, then rotate. Every box draws the same coordinates of the round from the layout's seed, and only
 those are rotated, so that all have one known spread and one step fits all. Choosing after rotating would smear what is
@@ -15,139 +16,32 @@ changes add up, though every round trained from weights they had not reached: at
 waits stays within the clip norm, so that the step holds for it too. A quadratic loss, 8 boxes, share 1/16, 400 rounds:
 with memory local steps of 0.1 and more diverged at full size and none did at this rate; no memory was as fast or faster
 for every step, and only under noise, at steps of 0.3 and more, did memory end nearer.
+
+With noise every box weighs the same, and no draw of the rounding makes its values longer than the layout says. The memory
+knows nothing of the noise: what it kept of it, it would take back from the next sum.
 """
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models import noise
 from models.delta import Arrays
 from models.errors import DeltaError
+from models.layout import FLOAT32_ERROR, PLAN_ADVICE, WEIGHT_LEVELS
+from models.layout import Layout as Layout
+from models.layout import value_bits_for as value_bits_for
 
 Vector = NDArray[np.float32]
 Words = NDArray[np.unsignedinteger]
 
-WEIGHT_LEVELS = 255  # a weight share is a whole number of 255ths, at least one
-MIN_VALUE_BITS, MAX_VALUE_BITS = 4, 16
-MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-9, 1e9  # a step stays a normal float32
-MIN_SEED_BYTES = 8
+ROUNDINGS = 100  # then toward zero; one in three is within the norm at least, so this happens never
 _CHUNK = 1 << 16  # coordinates handled at once: stays in the processor's cache
-_FLOAT32_ERROR = 4e-6  # of the clip norm: rotating there and back, relative error of sums of 2^12 terms
 _DIFFERS = "the two sides' plans or software differ; compare the versions"
-_PLAN = "correct the round's plan"
-
-
-def value_bits_for(word_bits: int, boxes: int) -> int:
-    """Largest number of bits of one box's value, at most 16, with which the sum of `boxes` cannot overflow a word.
-
-    Raises DeltaError where not even 4 bits fit, or the sum of the weights does not.
-    """
-    if word_bits not in (16, 32) or boxes < 1:
-        raise DeltaError(f"{boxes} boxes in words of {word_bits} bits: there is no such sum", advice=_PLAN)
-    most = ((1 << (word_bits - 1)) - 1) // boxes  # levels + 1 is the power of two next below or at most + 1
-    bits = min(MAX_VALUE_BITS, (most + 1).bit_length())
-    if bits < MIN_VALUE_BITS or boxes * WEIGHT_LEVELS > (1 << word_bits) - 1:
-        raise DeltaError(
-            f"the sum of {boxes} boxes does not fit words of {word_bits} bits",
-            advice="use words of 32 bits or a smaller cohort",
-        )
-    return bits
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What both sides know of a round's words. Raises DeltaError where it cannot be.
-
-    seed: the round's own and public, e.g. its plan's digest. clip_norm: L2 limit of one box's delta.
-    boxes: at most so many in one sum. share: part of the coordinates this round moves, 0 < share <= 1.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    seed: bytes
-    clip_norm: float
-    boxes: int
-    word_bits: int = 32
-    value_bits: int = MAX_VALUE_BITS
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        fits = value_bits_for(self.word_bits, self.boxes)
-        if not MIN_VALUE_BITS <= self.value_bits <= fits:
-            raise DeltaError(f"values of {self.value_bits} bits, not {MIN_VALUE_BITS} to {fits}", advice=_PLAN)
-        if not MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM:
-            raise DeltaError(f"clip norm {self.clip_norm}, not {MIN_CLIP_NORM} to {MAX_CLIP_NORM}", advice=_PLAN)
-        if not 0.0 < self.share <= 1.0:
-            raise DeltaError(f"a share of {self.share}, not above 0 and at most 1", advice=_PLAN)
-        if len(self.seed) < MIN_SEED_BYTES:
-            raise DeltaError(f"a seed of {len(self.seed)} bytes, not {MIN_SEED_BYTES}", advice=_PLAN)
-        if any(length < 0 for shape in self.shapes.values() for length in shape) or self.size < 1:
-            raise DeltaError("there is no weight to send", advice=_PLAN)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.shapes))
-
-    @cached_property
-    def size(self) -> int:
-        """Coordinates of the delta, and of the memory."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
-    @cached_property
-    def chosen(self) -> int:
-        """Coordinates this round moves."""
-        return max(1, round(self.share * self.size))
-
-    @cached_property
-    def block(self) -> int:
-        """Length of one Hadamard transform: the smallest power of two whose square holds all chosen coordinates."""
-        return 1 << ((self.chosen - 1).bit_length() + 1) // 2
-
-    @cached_property
-    def padded(self) -> int:
-        """Values in one box's words: the chosen coordinates in whole blocks."""
-        return -(-self.chosen // self.block) * self.block
-
-    @property
-    def word_count(self) -> int:
-        return 1 + self.padded
-
-    @property
-    def word_type(self) -> np.dtype[np.unsignedinteger]:
-        return np.dtype(np.uint16 if self.word_bits == 16 else np.uint32)
-
-    @property
-    def levels(self) -> int:
-        return (1 << (self.value_bits - 1)) - 1
-
-    @property
-    def spreads(self) -> float:
-        """Standard deviations of a rotated coordinate that the levels reach.
-
-        3 for 4 bits, 4 for 8, 5 for 12, 6 for 16: what clamping costs stays below what rounding does (measured).
-        """
-        return 2.0 + self.value_bits / 4.0
-
-    @property
-    def step(self) -> float:
-        """Value of one level: the spread is that of a delta at the clip norm."""
-        spread = self.clip_norm * math.sqrt(self.chosen / self.size / self.padded)
-        return self.spreads * spread / self.levels
-
-    @property
-    def feedback_rate(self) -> float:
-        """By what a delta is shrunk before it joins the memory: share / (2 - share), so 1 where everything is sent.
-
-        A coordinate waits a geometric number of rounds a, with E[a] = 1/share and E[a²] = (2 - share)/share². One box,
-        a quadratic loss and a local step of η: waiting multiplies the squared distance by E[(1 - aηr)²] on average, which
-        is below 1 for rates r < 2·share/(2 - share)/η and smallest at half of that. Stich 2018 and Karimireddy 2019 ask
-        for steps of that order too. The norm that waits stays at most clip_norm/√(2 - share).
-        """
-        return self.share / (2.0 - self.share)
 
 
 def encode(
@@ -156,17 +50,23 @@ def encode(
     weight_share: float,
     generator: np.random.Generator,
     memory: Vector | None = None,
+    random_bytes: noise.RandomBytes = os.urandom,
 ) -> tuple[Words, Vector | None]:
     """One box's words, and the memory for its next round; without memory, what is not sent is forgotten.
 
     A first memory is `np.zeros(layout.size, np.float32)`. What is sent + the new memory = feedback_rate · clipped delta +
     memory, so the new one replaces the old only once the words are in a sum. The delta is clipped first, and what exceeds the clip
     is gone, as in open rounds; what exceeds it only together with the memory stays in the memory.
-    weight_share: this box's weight over the largest allowed, 0 < weight_share <= 1. generator: the box's own.
+    weight_share: this box's weight over the largest allowed, 0 < weight_share <= 1; 1 with noise. generator: the box's
+    own, for the rounding. random_bytes: for the noise; what could be predicted could be taken off again.
     Raises DeltaError on a delta or a memory that is not finite or has another shape.
     """
     if not 0.0 < weight_share <= 1.0:
         raise DeltaError(f"a weight share of {weight_share}", advice="compare the box's examples with the plan's limit")
+    if layout.noise and weight_share != 1.0:
+        raise DeltaError(
+            f"a weight share of {weight_share} in a round with noise: all weigh the same", advice=PLAN_ADVICE
+        )
     weight = max(1, round(WEIGHT_LEVELS * weight_share))
     vector = _flatten(delta, layout)
     factor = min(1.0, layout.clip_norm / max(_norm(vector), layout.clip_norm))
@@ -184,11 +84,15 @@ def encode(
     words = np.empty(layout.word_count, layout.word_type)
     words[0] = weight
     values = words[1:].view(_signed(layout))
-    _quantise(rotated, values, weight, layout, generator)
-    if memory is None:
-        return words, None
-    vector[places] -= _restore(values, weight, layout)
-    return words, vector
+    if layout.noise:
+        _quantise_within(rotated, values, layout, generator)
+    else:
+        _quantise(rotated, values, weight, layout, generator)
+    if memory is not None:
+        vector[places] -= _restore(values, weight, layout)
+    if layout.noise:
+        _add_noise(values, layout, random_bytes)
+    return words, vector if memory is not None else None
 
 
 def decode_sum(sum_words: NDArray[np.integer], layout: Layout) -> Arrays:
@@ -209,8 +113,8 @@ def decode_sum(sum_words: NDArray[np.integer], layout: Layout) -> Arrays:
     weight = int(words[0])
     if weight < 0 and words.dtype == _signed(layout):
         weight += 1 << layout.word_bits
-    most = layout.boxes * layout.levels
-    if not 1 <= weight <= layout.boxes * WEIGHT_LEVELS:
+    most = layout.most_in_sum
+    if not 1 <= weight <= layout.boxes * WEIGHT_LEVELS or (layout.noise and weight % WEIGHT_LEVELS):
         raise DeltaError(f"a sum of weight {weight}", advice="drop the round: its sum is not one of its boxes")
     if int(values.max()) > most or int(values.min()) < -most:
         raise DeltaError("a sum beyond its boxes' levels", advice="drop the round: its sum is not one of its boxes")
@@ -229,12 +133,13 @@ def error_bound(layout: Layout, boxes: int, weight_share: float = 1.0) -> float:
     """L2 bound of the decoded mean's error, root mean square over seeds, for boxes of this mean weight share.
 
     For share = 1 and no memory, against the mean by weight levels. Rounding: a variance of at most step²/4 per value and
-    box, independent. Clamping: a rotated coordinate is sub-Gaussian, P(|z| > c) <= 2·exp(-c²/2) (Hoeffding 1963), so
+    box, independent; noise adds its own. Clamping: a rotated coordinate is sub-Gaussian, P(|z| > c) <= 2·exp(-c²/2) (Hoeffding 1963), so
     E[(|z| - c)²+] <= 4·exp(-c²/2)/c² of the clip norm squared; it may hit all boxes alike.
     """
-    rounding = layout.step / 2.0 * math.sqrt(layout.padded / boxes) / weight_share
+    variance = 0.25 + (layout.noise_variance if layout.noise else 0)
+    rounding = layout.step * math.sqrt(variance * layout.padded / boxes) / weight_share
     clamping = 2.0 * math.exp(-(layout.spreads**2) / 4.0) / layout.spreads
-    return rounding + (clamping + _FLOAT32_ERROR) * layout.clip_norm
+    return rounding + (clamping + FLOAT32_ERROR) * layout.clip_norm
 
 
 def _flatten(delta: Mapping[str, NDArray[np.floating]], layout: Layout) -> Vector:
@@ -359,6 +264,32 @@ def _quantise(
         exact -= below
         below += generator.random(exact.size, np.float32) < exact
         values[part] = below
+
+
+def _quantise_within(
+    rotated: Vector, values: NDArray[np.signedinteger], layout: Layout, generator: np.random.Generator
+) -> None:
+    """As _quantise, drawn again until the values' norm is within the layout's: exact, whatever the generator gives.
+
+    Source: Kairouz, Liu, Steinke 2021, Algorithm 1 (conditional rounding).
+    """
+    for _ in range(ROUNDINGS):
+        _quantise(rotated, values, WEIGHT_LEVELS, layout, generator)
+        if _norm_squared(values) <= layout.most_norm_squared:
+            return
+    values[:] = np.clip(np.trunc(rotated / np.float32(layout.step)), -layout.levels, layout.levels)
+
+
+def _norm_squared(values: NDArray[np.signedinteger]) -> int:
+    wide = values.astype(np.int64)
+    return int(np.dot(wide, wide))
+
+
+def _add_noise(values: NDArray[np.signedinteger], layout: Layout, random_bytes: noise.RandomBytes) -> None:
+    """Modulo the word."""
+    skellam = noise.Skellam(layout.noise_variance)
+    for part in _parts(values.size):
+        values[part] = (values[part] + skellam.draw(values[part].size, random_bytes)).astype(values.dtype)
 
 
 def _restore(values: NDArray[np.signedinteger], weight: int, layout: Layout) -> Vector:

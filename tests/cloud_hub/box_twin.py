@@ -13,8 +13,10 @@ from typing import TypeVar
 from fleet_link import chunks, envelope
 from fleet_link.bus import Bus, BusConfig
 from fleet_link.messages import (
+    Agreement,
     AnyMessage,
     BundleRequest,
+    Cohort,
     Heartbeat,
     Receipt,
     ReleaseOffer,
@@ -23,12 +25,18 @@ from fleet_link.messages import (
     RoundClosed,
     RoundPlan,
     RoundStatus,
+    SharesForwarded,
+    Survivors,
     TransferOffer,
     TransferProgress,
     TransferReceipt,
 )
 from fleet_link.pki import Identity, Trust
 from fleet_link.topics import HUB, Channel, Direction, Topic, device_subscription
+from tests.cloud_hub.masked_twin import MaskedTwin
+
+RESEND_S = 1.0  # pause before what the hub has not receipted is said again
+StageWord = Cohort | SharesForwarded | Survivors | Agreement
 
 M = TypeVar("M")
 
@@ -45,6 +53,9 @@ class BoxTwin:
         self.sequences: list[int] = []
         self.hub_serials: list[str] = []
         self.bundles: list[Path] = []
+        self.masked: MaskedTwin | None = None  # set by a test: it answers what a masked round asks, by itself
+        self.outbox: dict[str, AnyMessage] = {}
+        self._said_at = 0.0
         self._trust = trust
         self._folder = folder
         self._incoming: dict[str, chunks.Incoming] = {}
@@ -142,10 +153,31 @@ class BoxTwin:
                 self._outgoing.pop(message.transfer_id, None)
             case RoundClosed():
                 self.round_state[message.round_id] = "closed"
+            case Receipt():
+                self.outbox.pop(message.of, None)
+            case RoundPlan() if self.masked is not None:
+                self._answer_stage(message.round_id, message)
+            case Cohort() | SharesForwarded() | Survivors() | Agreement():
+                self._answer_stage(message.round_id, message)
             case _:
-                assert isinstance(message, Receipt | ReleaseOffer | RoundPlan), message
+                assert isinstance(message, ReleaseOffer | RoundPlan), message
+
+    def _answer_stage(self, round_id: str, message: RoundPlan | StageWord) -> None:
+        assert self.masked is not None
+        for answer in self.masked.hear(message, time.time()):
+            if isinstance(answer, bytes):
+                if not any(outgoing.offer.subject == round_id for outgoing in self._outgoing.values()):
+                    self.upload(round_id, answer)
+            else:
+                self.outbox[answer.message_id] = answer
+                self.say(answer)
+        self.round_state[round_id] = self.masked.state
 
     def _move(self, now: float) -> None:
+        if now - self._said_at > RESEND_S:
+            self._said_at = now
+            for message in self.outbox.values():
+                self.say(message)
         for outgoing in self._outgoing.values():
             if outgoing.offer_due(now):
                 self.say(outgoing.offer)

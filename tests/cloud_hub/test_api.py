@@ -157,7 +157,7 @@ def test_a_round_is_started_with_what_is_given_over_the_hubs_defaults(seeded: Ht
     seeded.files.config.paths.releases.mkdir(exist_ok=True)
     for digest in bases:
         shutil.copy(SHIPPED, seeded.files.config.paths.releases / f"{digest}{SUFFIX}")
-    assert _post(seeded, "/rounds", {}).status_code == 409  # masked, unless the danger is spelled out
+    assert _post(seeded, "/rounds", {}).status_code == 409  # masked: two boxes are too few for it
     unknown = _post(seeded, "/rounds", wish | {"devices": ["box-n1", "nobody"]})
     assert (unknown.status_code, "nobody" in unknown.json()["error"]) in ((404, True), (409, True))
     started = _post(seeded, "/rounds", wish)

@@ -88,7 +88,7 @@ def test_tick_tells_when_a_round_began_and_ended(hub: RoundHub) -> None:
     [
         ({"min_devices": 4}, "3 devices are invited, 4 are needed"),
         ({"devices": ["a", "stranger"]}, "stranger is not an enrolled device"),
-        ({"kind": "masked"}, "knows no masked rounds"),
+        ({"kind": "masked", "min_devices": 1, "devices": ["a", "b"]}, "2 devices are invited, 3 are needed"),
     ],
 )
 def test_round_that_cannot_end_well_is_not_started(hub: RoundHub, changes: dict[str, object], reason: str) -> None:

@@ -10,19 +10,28 @@ from hypothesis import strategies as st
 from cloud_hub.rounds import (
     COLLECTING,
     FINISHED,
+    STAGES,
     Answered,
     CandidateReady,
     Command,
     Delivered,
     Event,
     Failed,
+    Keyed,
+    Masked,
     Member,
     Published,
     Refused,
     Round,
+    Settled,
+    Shared,
+    Signed,
     State,
     Tick,
+    Unmasked,
     advance,
+    expects,
+    is_stage_over,
 )
 
 DIGEST = "a" * 64
@@ -176,3 +185,178 @@ def test_summed_only_with_enough_delivered(events: list[Event]) -> None:
         round_, _ = advance(round_, event, 1.0)
         if before.state in COLLECTING and round_.state is State.SUMMED:
             assert list(round_.members.values()).count(Member.DELIVERED) >= NEW.min_devices
+
+
+# --- masked rounds --------------------------------------------------------------------------------
+
+BOXES = "abcde"
+MASKED = Round(
+    State.INVITED,
+    deadline_unix_s=1000.0,
+    min_devices=3,
+    members=dict.fromkeys(BOXES, Member.INVITED),
+    masked=Masked(stage_at=0.0, stage_s=60.0),
+)
+STAGE_EVENTS: list[type[Keyed | Shared | Delivered | Signed | Unmasked]] = [Keyed, Shared, Delivered, Signed, Unmasked]
+MASKED_EVENTS: list[Event] = [
+    *(event(device) for event in STAGE_EVENTS for device in "ab"),
+    *(Settled(state, frozenset("abcd")) for state in STAGES),
+    *EVENTS,
+]
+
+
+def all_give(round_: Round, event: type[Keyed | Shared | Delivered | Signed | Unmasked], who: str = BOXES) -> Round:
+    return play(round_, *(event(device) for device in who))
+
+
+def settled(round_: Round, staying: str = BOXES, now: float = 1.0) -> Round:
+    return play(round_, Settled(round_.state, frozenset(staying)), now=now)
+
+
+def at(state: State) -> Round:
+    """Everybody on time until `state`; in it nobody yet, but for the one whose word it begins with."""
+    round_ = MASKED
+    for event in STAGE_EVENTS:
+        if state is round_.state:
+            return round_
+        if (first := play(round_, event("b"))).state is state:
+            return first
+        round_ = settled(all_give(round_, event))
+    assert round_.state is state
+    return round_
+
+
+def test_the_whole_way_of_a_masked_round() -> None:
+    round_, seen = MASKED, []
+    for event in STAGE_EVENTS:
+        round_ = all_give(round_, event, "abcd")
+        assert not is_stage_over(round_, 1.0)
+        seen.append(round_.state)
+        round_ = all_give(round_, event, "e")
+        assert is_stage_over(round_, 1.0)
+        round_ = settled(round_)
+        seen.append(round_.state)
+    assert seen == [
+        State.KEYS, State.SHARING, State.SHARING, State.TRAINING, State.UPLOADING,
+        State.AGREEING, State.AGREEING, State.UNMASKING, State.UNMASKING, State.SUMMED,
+    ]  # fmt: skip
+    assert round_.members == dict.fromkeys(BOXES, Member.UNMASKED)
+    assert round_.masked is not None
+    assert round_.masked.active == frozenset(BOXES)
+    assert play(round_, CandidateReady(DIGEST), Published()).state is State.RELEASED
+
+
+def test_stage_waits_for_its_time_and_training_for_the_deadline() -> None:
+    begun = replace(MASKED, masked=Masked(stage_at=500.0, stage_s=60.0))
+    for state in (State.KEYS, State.SHARING, State.AGREEING, State.UNMASKING):
+        members = dict.fromkeys(BOXES, STAGES[state].waits_for[0])
+        waiting = replace(begun, state=state, members=members)
+        assert [is_stage_over(waiting, now) for now in (559.9, 560.0)] == [False, True], state
+    for state in (State.INVITED, State.TRAINING, State.UPLOADING):
+        members = dict.fromkeys(BOXES, STAGES[state].waits_for[0])
+        waiting = replace(begun, state=state, members=members)
+        assert [is_stage_over(waiting, now) for now in (999.9, 1000.0)] == [False, True], state
+
+
+def test_stage_begins_when_its_state_is_entered() -> None:
+    keyed = play(MASKED, Keyed("a"), now=7.0)
+    assert keyed.masked is not None
+    assert keyed.masked.stage_at == 7.0
+    again = play(keyed, Keyed("b"), now=8.0)
+    assert again.masked is not None
+    assert again.masked.stage_at == 7.0
+    shared = settled(all_give(again, Keyed), now=9.0)
+    assert shared.masked is not None
+    assert shared.masked.stage_at == 9.0
+
+
+def test_open_round_has_no_stages() -> None:
+    assert not is_stage_over(replace(NEW, state=State.TRAINING), 1e9)
+    assert play(NEW, Keyed("a"), Settled(State.INVITED, frozenset("a"))) == NEW
+
+
+def test_whoever_does_not_stay_has_left() -> None:
+    sharing = settled(all_give(MASKED, Keyed, "abcd"), "abcd")
+    assert sharing.members == {**dict.fromkeys("abcd", Member.KEYED), "e": Member.LEFT}
+    training = settled(all_give(sharing, Shared, "abc"), "abc")
+    assert training.members == {**dict.fromkeys("abc", Member.SHARED), "d": Member.LEFT, "e": Member.LEFT}
+
+
+def test_settled_before_the_sum_is_told_the_active_ones_are_known_after_it() -> None:
+    agreeing = settled(all_give(at(State.TRAINING), Delivered, "abcd"), "abcd")
+    assert agreeing.masked is not None
+    assert agreeing.masked.active == frozenset("abcd")
+    unmasking = settled(all_give(agreeing, Signed, "abc"), "abc")
+    assert unmasking.members == {**dict.fromkeys("abc", Member.AGREED), "d": Member.DELIVERED, "e": Member.LEFT}
+
+
+@pytest.mark.parametrize(
+    ("state", "after"),
+    [
+        (State.INVITED, Member.DECLINED),
+        (State.SHARING, Member.DECLINED),
+        (State.TRAINING, Member.LEFT),
+        (State.AGREEING, Member.LEFT),
+        (State.UNMASKING, Member.LEFT),
+        (State.SUMMED, Member.UNMASKED),
+    ],
+)
+def test_box_that_gives_up(state: State, after: Member) -> None:
+    assert play(at(state), Answered("a", False)).members["a"] is after
+
+
+def test_too_few_that_can_still_come_end_the_round_at_once() -> None:
+    after = play(at(State.SHARING), Shared("a"), *(Answered(device, False) for device in "bcd"))
+    assert (after.state, after.reason) == (
+        State.DROPPED, "1 of 5 invited devices sent shares and 1 may still do so; 3 are needed",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [State.KEYS, State.SHARING, State.TRAINING, State.UPLOADING])
+def test_revoked_before_the_sum_is_told_is_taken_out(state: State) -> None:
+    before = replace(at(state), revoked=frozenset("a"))
+    assert play(before, Tick()).members["a"] is Member.REFUSED
+    assert play(before, Tick()).state is before.state
+
+
+@pytest.mark.parametrize("state", [State.AGREEING, State.UNMASKING])
+def test_revoked_after_the_sum_is_told_drops_the_round(state: State) -> None:
+    after = play(replace(at(state), revoked=frozenset("a")), Tick())
+    assert (after.state, after.reason[:13]) == (State.DROPPED, "a was revoked")
+
+
+def test_revoked_and_not_in_the_sum_changes_nothing_once_it_is_told() -> None:
+    agreeing = settled(all_give(at(State.TRAINING), Delivered, "abcd"), "abcd")
+    assert play(replace(agreeing, revoked=frozenset("e")), Tick()).state is State.AGREEING
+
+
+@pytest.mark.parametrize("state", STAGES)
+def test_stage_takes_its_own_event_alone(state: State) -> None:
+    before = replace(MASKED, state=state, members=dict.fromkeys(BOXES, STAGES[state].waits_for[-1]))
+    for event in STAGE_EVENTS:
+        moved = play(before, event("a")).members["a"] is not before.members["a"]
+        assert moved == (event is STAGES[state].event) == expects(state, before.members["a"], event)
+
+
+@pytest.mark.parametrize("event", MASKED_EVENTS, ids=str)
+@pytest.mark.parametrize("state", State)
+def test_every_state_of_a_masked_round_takes_every_event_twice(state: State, event: Event) -> None:
+    before = at(state) if state in STAGES else replace(at(State.SUMMED), state=state)
+    assert before.state is state
+    once, commands = advance(before, event, 1.0)
+    twice, again = advance(once, event, 1.0)
+    assert (twice, again) == (once, commands)
+    assert list(State).index(once.state) >= list(State).index(before.state)
+
+
+@given(st.lists(st.sampled_from(MASKED_EVENTS), max_size=40))
+def test_masked_round_never_goes_back_nor_changes_who_is_in_the_sum(events: list[Event]) -> None:
+    round_ = MASKED
+    for event in events:
+        before = round_
+        round_, _ = advance(round_, event, 1.0)
+        assert list(State).index(round_.state) >= list(State).index(before.state)
+        assert before.masked is not None
+        assert round_.masked is not None
+        if before.masked.active:
+            assert round_.masked.active == before.masked.active

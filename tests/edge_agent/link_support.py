@@ -32,10 +32,14 @@ from fleet_link.messages import (
     ReleaseOffer,
     ReleaseReport,
     RoundAnswer,
+    RoundKeys,
     RoundPlan,
+    Shares,
+    SurvivorsSigned,
     TransferOffer,
     TransferProgress,
     TransferReceipt,
+    Unmask,
 )
 from fleet_link.pki import Identity, Trust
 from fleet_link.topics import HUB, Channel, Direction, Topic, hub_subscription
@@ -168,7 +172,9 @@ class Box:
         return found.state if found else ""
 
 
-def make_box(folder: Path, authority: TestAuthority, mqtt_port: int = 1, **sections: dict[str, Any]) -> Box:
+def make_box(
+    folder: Path, authority: TestAuthority, mqtt_port: int = 1, device: str = DEVICE, **sections: dict[str, Any]
+) -> Box:
     """An enrolled box that reads with a brightness bundle."""
     data_dir = folder / "data"
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -185,20 +191,20 @@ def make_box(folder: Path, authority: TestAuthority, mqtt_port: int = 1, **secti
     for name, keys in sections.items():
         own[name] = own.get(name, {}) | keys
     parsed = config.parse(own, folder=folder)
-    enrolled = enrol_offline(data_dir, authority, mqtt_port)
+    enrolled = enrol_offline(data_dir, authority, mqtt_port, device)
     return Box(parsed, parsed.inference.bundle or shipped, enrolled)
 
 
-def enrol_offline(data_dir: Path, authority: TestAuthority, mqtt_port: int) -> Enrolled:
+def enrol_offline(data_dir: Path, authority: TestAuthority, mqtt_port: int, device: str = DEVICE) -> Enrolled:
     here = identity.folder(data_dir)
     if not identity.is_enrolled(data_dir):
         here.tuf.mkdir(parents=True)
         here.ca.write_bytes(authority.pem)
         here.tuf_root.write_bytes(b"{}")
-        write_identity(here.path, authority.issue(DEVICE, to_days=90))
-        (here.path / f"{DEVICE}.pem").rename(here.certificate)
-        (here.path / f"{DEVICE}.key").rename(here.key)
-    address = HubAddress(DEVICE, "https://localhost:1", "localhost", mqtt_port)
+        write_identity(here.path, authority.issue(device, to_days=90))
+        (here.path / f"{device}.pem").rename(here.certificate)
+        (here.path / f"{device}.key").rename(here.key)
+    address = HubAddress(device, "https://localhost:1", "localhost", mqtt_port)
     here.address.write_bytes(msgspec.json.encode(address))
     return identity.load(data_dir)
 
@@ -363,7 +369,7 @@ class HubTwin:
 
     def _on_message(self, message: AnyMessage) -> None:
         match message:
-            case RoundAnswer() | ReleaseReport():
+            case RoundAnswer() | RoundKeys() | Shares() | SurvivorsSigned() | Unmask() | ReleaseReport():
                 if self.receipts:
                     self.say(Receipt(message_id=message.message_id, of=message.message_id))
             case TransferOffer():

@@ -84,6 +84,7 @@ REFUSALS = [
     ({"box": {"data_dir": ""}}, "box.data_dir refused: a path"),
     ({"policy": {"tasks": ["XR", "US"]}}, "refused: one of XR, CT, MR"),
     ({"policy": {"hours": "25:00-06:00"}}, "refused: hours are"),
+    ({"policy": {"min_cohort": 2}}, "policy.min_cohort = 2 refused: a number of boxes from 3 to 1000"),
     ({"hub": {"url": "http://hub"}}, "refused: an address as https://host:port"),
     ({"inference": {"providers": []}}, "at least one ONNX Runtime provider"),
     ({"learning": {"heldout_fraction": 1.0}}, "learning.heldout_fraction = 1.0 refused"),

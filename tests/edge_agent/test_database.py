@@ -82,6 +82,41 @@ def test_a_database_of_version_2_gets_what_finds_a_bundle_s_results(tmp_path: Pa
     db.close()
 
 
+def test_a_database_of_version_3_gets_room_for_masked_rounds(tmp_path: Path) -> None:
+    old = database.connect(tmp_path)
+    old.execute("DROP TABLE masked_parts")
+    old.execute("PRAGMA user_version=3")
+    old.close()
+    for _ in range(2):
+        db = database.connect(tmp_path)
+        assert list(db.execute("SELECT * FROM masked_parts")) == []
+        db.close()
+
+
+def test_what_is_forgotten_on_disk_is_in_none_of_its_files(tmp_path: Path) -> None:
+    db = database.connect(tmp_path)
+    secret = os.urandom(40)
+    db.execute("INSERT INTO link_outbox VALUES ('a', ?, 0)", (secret,))
+    assert any(secret in path.read_bytes() for path in tmp_path.iterdir())
+    db.execute("DELETE FROM link_outbox")
+    database.forget_on_disk(db)
+    assert not any(secret in path.read_bytes() for path in tmp_path.iterdir())
+    db.close()
+
+
+def test_forgetting_does_not_wait_for_who_reads(tmp_path: Path) -> None:
+    db, reader = database.connect(tmp_path), database.connect(tmp_path)
+    database.count(db, "x")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM counters").fetchall()
+    database.count(db, "x")
+    database.forget_on_disk(db)
+    reader.execute("COMMIT")
+    assert database.counter(reader, "x") == 2
+    db.close()
+    reader.close()
+
+
 def test_every_table_of_the_schema_is_made(tmp_path: Path) -> None:
     db = database.connect(tmp_path)
     made = {row["name"] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}

@@ -25,7 +25,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
 
 def invite(box: Box, **changes: object) -> None:
     plan = make_plan(str(changes.pop("base_digest", box.holder.current.digest)), b"k" * 32, **changes)
-    invitations.take(box.db, box.config, "box-1", plan, NOW)
+    invitations.take(box.db, box.config, box.enrolled.identity, plan, NOW)
 
 
 def collect(box: Box) -> None:
@@ -39,7 +39,7 @@ def test_verdicts_just_given_become_examples_first(box: Box) -> None:
     invite(box)
     assert box.state_of("round-1") == State.INVITED
     collect(box)
-    invitations.judge_waiting(box.db, box.config, NOW + 1)
+    invitations.judge_waiting(box.db, box.config, box.enrolled.identity, NOW + 1)
     assert box.state_of("round-1") == State.TRAINING
     assert box.rows("rounds")[0]["examples"] == 3
 
@@ -50,7 +50,7 @@ def test_a_verdict_that_never_becomes_an_example_holds_up_nothing(box: Box) -> N
     collect(box)
     invite(box)
     assert box.state_of("round-1") == State.INVITED
-    invitations.judge_waiting(box.db, box.config, NOW + invitations.SETTLING_S)
+    invitations.judge_waiting(box.db, box.config, box.enrolled.identity, NOW + invitations.SETTLING_S)
     assert box.state_of("round-1") == State.DECLINED
     assert "needs 2" in box.rows("rounds")[0]["reason"]
 

@@ -146,7 +146,7 @@ def test_an_update_that_a_restored_hub_asks_for_again_counts_when_it_has_it(box:
     deliver(box, "round-1")
     known = ledger.find(box.db, "round-1")
     assert known is not None
-    invitations.take(box.db, box.config, box.enrolled.identity.name, known.plan, 0.0)
+    invitations.take(box.db, box.config, box.enrolled.identity, known.plan, 0.0)
     assert box.state_of("round-1") == State.UPLOADING
     close(box, "round-1")
     assert replay.learned_up_to(box.db) == {}

@@ -486,7 +486,9 @@ def test_after_a_new_certificate_of_the_same_hub_updates_are_sealed_again(box: B
     hub_change.follow(box.db, box.data_dir, renewed, time.time())
     assert (box.state_of("r1"), box.state_of("r2")) == ("training", "delivered")
     assert box.rows("transfers_out") == []
-    invitations.take(box.db, box.config, DEVICE, make_plan("b" * 64, b"k" * 32, round_id="r2"), time.time())
+    invitations.take(
+        box.db, box.config, box.enrolled.identity, make_plan("b" * 64, b"k" * 32, round_id="r2"), time.time()
+    )
     assert box.state_of("r2") == "declined"
     ledger.apply(box.db, box.data_dir, "r1", Event.SEALED, time.time())
     hub_change.follow(box.db, box.data_dir, renewed, time.time())

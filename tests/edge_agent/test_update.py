@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from edge_agent import update
+from edge_agent.learn import CannotTrainError
 from fleet_link import sealing
 from fleet_link.errors import LinkError, SiteError, TrustError
-from models import delta
+from models import addable, delta, round_layout
 from tests.edge_agent.link_support import make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
@@ -69,6 +70,28 @@ def test_each_device_rounds_with_its_own_noise() -> None:
     assert (decoded[0] == decoded[2]).all()
     assert (decoded[0] != decoded[1]).any()
     assert before["head.weight"].sum() == 0.0
+
+
+def test_words_round_the_delta_and_begin_with_its_weight() -> None:
+    """Off by less than a level of one box at its weight; rounded anew each time."""
+    plan = make_plan("a" * 64, b"k", kind="masked", clip_norm=8.0, examples_cap=10, boxes_max=4)
+    made = [update.to_words(BEFORE, AFTER, plan, 5) for _ in range(2)]
+    layout = round_layout.layout_of(plan, sealing.plan_digest(plan), {"head.weight": (4,), "body.weight": (2,)})
+    assert made[0].norm_before_clip == pytest.approx(np.sqrt(4 * 4 + 2))
+    assert made[0].words[0] == 128
+    assert (made[0].words != made[1].words).any()
+    mean = addable.decode_sum(made[0].words, layout)
+    assert mean["head.weight"] == pytest.approx([2.0] * 4, abs=0.01)
+    assert mean["body.weight"] == pytest.approx([1.0] * 2, abs=0.01)
+
+
+def test_words_of_nonsense_are_not_made() -> None:
+    plan = make_plan("a" * 64, b"k", kind="masked")
+    broken = AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}
+    with pytest.raises(CannotTrainError, match="not finite"):
+        update.to_words(BEFORE, broken, plan, 5)
+    with pytest.raises(CannotTrainError, match="0 examples"):
+        update.to_words(BEFORE, AFTER, plan, 0)
 
 
 def test_nan_is_not_sealed() -> None:

@@ -49,6 +49,11 @@ def test_message_and_back(plan: RoundPlan) -> None:
     assert messages.decode(messages.encode(plan)) == plan
 
 
+def test_a_plan_that_says_nothing_of_masks_is_written_as_older_software_does(plan: RoundPlan) -> None:
+    written = msgspec.msgpack.decode(messages.encode(plan))
+    assert not {"min_cohort", "word_bits", "value_bits", "boxes_max", "share", "examples_cap"} & set(written)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -67,6 +72,15 @@ def test_message_and_back(plan: RoundPlan) -> None:
         {"base_digest": "a" * 64 + "\n"},
         {"sealing_key": b""},
         {"message_id": "0" * 31},
+        {"word_bits": 24},
+        {"value_bits": 3},
+        {"value_bits": 17},
+        {"boxes_max": 0},
+        {"boxes_max": 1001},
+        {"share": 0.0},
+        {"share": 1.1},
+        {"share": float("nan")},
+        {"examples_cap": 0},
     ],
 )
 def test_each_wrong_field_is_refused(plan: RoundPlan, changes: dict[str, object]) -> None:

@@ -1,0 +1,114 @@
+"""A masked round as the operator sees it: started by default over the API, its stage and counts in `fleet` and the hub page."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from typer.testing import CliRunner
+
+from cloud_hub import database, fleet_cli, views
+from models.bundle import SHIPPED, SUFFIX
+from tests.cloud_hub.hub_support import ADMIN_TOKEN, HttpsHub, make_hub_files, seed_fleet
+from tests.cloud_hub.round_support import needs_bundle
+
+pytestmark = [needs_bundle, pytest.mark.slow]
+BOXES = ("box-n1", "box-n2", "box-s1")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HttpsHub]:
+    hub = HttpsHub(make_hub_files(tmp_path / "hub"))
+    seed_fleet(hub.files, now=hub.now)
+    for device in BOXES:
+        hub.files.device_files(tmp_path, device)
+    with hub.files.database.writing() as session:
+        session.get_one(database.Round, "round-3").state = "dropped"
+        bases = session.scalars(select(database.Release.bundle_digest)).all()
+    hub.config.paths.releases.mkdir(exist_ok=True)
+    for digest in bases:
+        shutil.copy(SHIPPED, hub.config.paths.releases / f"{digest}{SUFFIX}")
+    yield hub
+    hub.close()
+
+
+def start(hub: HttpsHub, **wish: object) -> dict[str, Any]:
+    with hub.admin() as admin:
+        answer = admin.post("/api/v1/rounds", json=wish)
+    assert answer.status_code == 201, answer.text
+    row: dict[str, Any] = answer.json()
+    return row
+
+
+def with_two_shares(hub: HttpsHub, round_id: str) -> None:
+    with hub.files.database.writing() as session:
+        session.get_one(database.Round, round_id).state = "sharing"
+        for device in BOXES:
+            shares = b"said" if device != "box-s1" else None
+            session.add(database.MaskedPart(round_id=round_id, device=device, keys=b"said", shares=shares))
+        left = session.get_one(database.RoundDevice, (round_id, "box-s1"))
+        left.state, left.reason = "left", "left out: shares did not come in time"
+
+
+def test_a_round_is_masked_unless_the_danger_is_spelled_out(hub: HttpsHub) -> None:
+    row = start(hub)
+    assert (row["kind"], row["state"], row["min_cohort"], row["min_devices"]) == ("masked", "invited", 3, 3)
+    assert row["came"] == dict.fromkeys(views.STAGES_OF_MASKED, 0)
+
+
+def test_an_open_round_has_no_stages(hub: HttpsHub) -> None:
+    row = start(hub, kind="unsafe_open")
+    assert (row["kind"], row["min_cohort"], row["came"]) == ("unsafe_open", None, {"updates": 0})
+
+
+def test_too_few_boxes_for_a_cohort_are_told_why(hub: HttpsHub) -> None:
+    with hub.admin() as admin:
+        answer = admin.post("/api/v1/rounds", json={"devices": ["box-n1", "box-n2"], "min_devices": 1})
+    assert (answer.status_code, answer.json()["error"]) == (409, "2 devices are invited, 3 are needed")
+    assert "rounds.min_cohort" in answer.json()["advice"]
+
+
+def test_fleet_shows_stage_counts_and_reasons(hub: HttpsHub, tmp_path: Path) -> None:
+    round_id = start(hub)["round_id"]
+    with_two_shares(hub, round_id)
+    paths = hub.config.paths
+    (tmp_path / "fleet.toml").write_text(
+        f'hub = "{hub.config.url}"\ntoken_file = "{paths.admin_token}"\nca = "{paths.ca_certificate}"\n'
+    )
+    words = ["--config", str(tmp_path / "fleet.toml"), "round", "show", round_id]
+    shown = " ".join(CliRunner().invoke(fleet_cli.app, words, terminal_width=200).output.split())
+    assert "sharing" in shown
+    assert "3 keys · 2 shares · 0 updates · 0 signed · 0 unmasked" in shown
+    assert "left out: shares did not come in time" in shown
+    listed = CliRunner().invoke(fleet_cli.app, [*words[:3], "list", "--json"], terminal_width=200).output
+    assert '"shares": 2' in listed
+
+
+def test_hub_page_shows_the_stage_among_all_stages(hub: HttpsHub) -> None:
+    round_id = start(hub)["round_id"]
+    with_two_shares(hub, round_id)
+    with hub.client() as client:
+        client.post("/login", data={"token": ADMIN_TOKEN, "next": "/"})
+        page = client.get(f"/rounds/{round_id}").text
+        assert client.get("/rounds").status_code == 200
+    assert 'aria-current="step">sharing' in page
+    for stage in ("keys", "training", "agreeing", "unmasking"):
+        assert f">{stage}</li>" in page
+    assert "3 keys · 2 shares · 0 updates" in " ".join(page.split())
+
+
+def test_database_of_the_former_schema_gains_the_tables(hub: HttpsHub) -> None:
+    path = hub.config.paths.database
+    with hub.files.database.writing() as session:
+        for table in ("masked_parts", "masked_rounds"):
+            session.connection().exec_driver_sql(f"DROP TABLE {table}")
+        session.connection().exec_driver_sql("PRAGMA user_version=1")
+    again = database.connect(path)
+    with again.reading() as session:
+        assert session.scalars(select(database.MaskedPart)).all() == []
+        assert session.scalars(select(database.MaskedRound)).all() == []
+        assert session.connection().exec_driver_sql("PRAGMA user_version").scalar_one() == database.SCHEMA_VERSION
+        assert session.get_one(database.Round, "round-1").state == "released"
+    again.close()

@@ -1,0 +1,87 @@
+"""A round's rule and noise, from the order to the release: what may go together, and what a minority can do."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloud_hub.robust import RULES
+from fleet_link.errors import SiteError
+from fleet_link.messages import RoundPlan
+from models import round_layout
+from tests.cloud_hub.round_support import RoundHub, change_of, make_round_hub, needs_bundle
+
+pytestmark = needs_bundle
+HONEST, SPOILED = 0.01, -1.0
+NAMES = ("a", "b", "c", "d", "e", "f", "g")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[RoundHub]:
+    made = make_round_hub(tmp_path, *NAMES)
+    yield made
+    made.coordinator.stop()
+    made.files.database.close()
+
+
+def largest_change(hub: RoundHub, plan: RoundPlan, *, restart: bool = False) -> float:
+    """Of the release that six boxes that agree and one that pulls the other way as hard as the clip allows lead to."""
+    hub.join(*NAMES)
+    for name in NAMES:
+        assert hub.deliver(name, hub.boxes[name].seal(plan, SPOILED if name == "d" else HONEST)) == ""
+        if restart:
+            hub.restart()
+    released = hub.release(2) if hub.tick_until("released") else None
+    assert released is not None
+    change = change_of(hub, released.bundle_digest)
+    moved = np.concatenate([values.ravel() for values in change.values() if values.any()])
+    assert np.ptp(moved) < 1e-4  # each weight was told the same
+    return float(moved.mean())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_box_of_seven_does_not_turn_the_release(hub: RoundHub, rule: str) -> None:
+    plan = hub.start(rule=rule, clip_norm=50.0)
+    assert largest_change(hub, plan) == pytest.approx(HONEST, abs=0.2 * HONEST)
+
+
+def test_averaged_it_does(hub: RoundHub) -> None:
+    assert largest_change(hub, hub.start(clip_norm=50.0)) < -5 * HONEST
+
+
+def test_the_rule_reads_the_updates_from_the_disk_after_a_restart(hub: RoundHub) -> None:
+    plan = hub.start(rule="median", clip_norm=50.0)
+    assert largest_change(hub, plan, restart=True) == pytest.approx(HONEST, abs=0.2 * HONEST)
+
+
+def test_an_update_lost_before_the_rule_read_it_drops_the_round(hub: RoundHub) -> None:
+    plan = hub.start(rule="trimmed_mean")
+    hub.join(*NAMES)
+    for name in NAMES:
+        assert hub.deliver(name, hub.boxes[name].seal(plan, HONEST)) == ""
+    (hub.files.config.paths.rounds / hub.round_id / "updates" / "c.sealed").unlink()
+    assert "the counted update of c cannot be read again" in hub.tick_until("dropped").reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kind": "masked", "rule": "median"}, "a masked round shows the sum alone"),
+        ({"noise": 1.0}, "only a masked round adds noise"),
+        ({"rule": "krum", "devices": ["a", "b"]}, "2 devices are invited, 3 are needed"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_advice(
+    hub: RoundHub, changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(SiteError, match=reason) as refused:
+        hub.start(**changes)
+    assert refused.value.advice
+
+
+def test_a_round_with_noise_counts_on_its_smallest_cohort_and_has_room_for_it(hub: RoundHub) -> None:
+    plan = hub.start(kind="masked", noise=1.0, min_devices=4)
+    assert (plan.noise, plan.noise_boxes, plan.min_cohort, plan.word_bits) == (1.0, 4, 4, 32)
+    layout = round_layout.layout_of(plan, b"12345678", {"weight": (1000,)})
+    assert (layout.noise, layout.noise_boxes) == (1.0, 4)
