@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import bytes as sent_bytes
-from benchmarks import masked, preprocess, receive
+from benchmarks import codec, masked, poisoning, preprocess, privacy, receive
 from benchmarks.link import bench as link
 from benchmarks.network import bench as network
 
@@ -17,21 +17,25 @@ BENCHES = {
     "receive": receive,
     "preprocess": preprocess,
     "models": network,
-    "masked": masked,
     "link": link,
+    "masked": masked,
+    "codec": codec,
     "bytes": sent_bytes,
+    "poisoning": poisoning,
+    "privacy": privacy,
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
-    parser.add_argument(
-        "name",
-        choices=BENCHES,
-        help="receive: C-STORE beside DCMTK's storescp and Orthanc; preprocess: file to tensor beside pydicom and numpy "
-        "alone; models: accuracy, federation, explanation, shift, speed; masked: secure aggregation, no peer; "
-        "link: round time and hub cost beside Flower and NVIDIA FLARE; bytes: what a box sends in a round, and its accuracy",
+    shown = "\n".join(
+        f"  {name:<12}{bench.__doc__.splitlines()[0]}" for name, bench in BENCHES.items() if bench.__doc__
     )
+    parser = argparse.ArgumentParser(
+        prog="./dev bench",
+        description=f"{__doc__}\n\n{shown}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, the same rows")
     options = parser.parse_args()

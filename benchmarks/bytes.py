@@ -1,4 +1,4 @@
-"""`./dev bench bytes`: bytes of a box and round beside float32 FedAvg, and the accuracy they buy, on two real sets.
+"""Bytes of a box and round beside float32 FedAvg, and the accuracy they buy, on two real sets.
 
 Reads ../shared/data; keeps each row under .bench/bytes as soon as it is measured. One thread.
 Never compares other than at equal rounds, images, seeds and first weights; never averages over less than the last rounds.

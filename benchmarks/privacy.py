@@ -1,4 +1,4 @@
-"""`./dev bench privacy`: what device-level noise in masked rounds costs in accuracy, and what it gives as (epsilon, delta).
+"""What device-level noise in masked rounds costs in accuracy, and what it gives as (epsilon, delta).
 
 Reads ../shared/data; keeps each row under .bench/privacy as soon as it is measured. One thread.
 Never masks: masks cancel to the last bit, so the words are added as they are. Never charges the choice of the clip norm.

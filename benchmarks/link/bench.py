@@ -1,4 +1,4 @@
-"""`./dev bench link`: round time and the hub's cost per update, beside Flower and NVIDIA FLARE in the same run.
+"""Round time and the hub's cost per update, beside Flower and NVIDIA FLARE in the same run.
 
 Ours is real but for the training: hub, Mosquitto, boxes' daemons, mutual TLS, sealing, masks; see box.py. Keeps each row
 under .bench/link as soon as it is measured, peers' environments under .bench/peers.

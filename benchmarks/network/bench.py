@@ -1,4 +1,4 @@
-"""`./dev bench models`: accuracy, federation, explanation, shift and speed of the network beside its rivals.
+"""Accuracy, federation, explanation, shift and speed of the network beside its rivals.
 
 Reads ../shared/data and the shipped bundle; keeps each row under .bench/models as soon as it is measured.
 Never starts anew what an earlier run of the same code has measured: a bench that was stopped goes on.
