@@ -48,7 +48,7 @@ from fleet_link.topics import HUB, Channel, Direction, Topic, hub_subscription
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 0.2
+IDLE_S = 0.1
 BUSY_S = 0.02
 MAX_TAKEN = 256  # messages before anything else gets its turn
 SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message of ours

@@ -99,16 +99,17 @@ def repair(config: Config, enrolled: identity.Enrolled | None) -> ActiveBundle:
 
 def work_of(config: Config, holder: ActiveBundle, enrolled: identity.Enrolled | None) -> dict[str, Work]:
     """What runs side by side; each item owns its thread and its database connection."""
+    to_train = Event()
     work: dict[str, Work] = {
         "pipeline": Pipeline(config, holder, time.time).run,
         "review": lambda stop: serve_review(config, stop),
-        "learner": Learner(config, holder, enrolled, time.time).run,
+        "learner": Learner(config, holder, enrolled, time.time, to_train).run,
     }
     if config.pacs.enabled:
         work["delivery"] = Delivery(config, time.time).run
     if enrolled and config.hub.enabled:
         work["installer"] = Installer(config, holder, time.time).run
-        work["link"] = Link(config, enrolled, holder).run
+        work["link"] = Link(config, enrolled, holder, wake_learner=to_train.set).run
         work["renewal"] = Renewal(config, enrolled).run
     elif config.hub.enabled:
         log.warning("not linked: no rounds and no releases; run `edge-agent enroll TOKEN`")

@@ -37,13 +37,21 @@ COLLECTING = "learning from verdicts"  # name of its alarm
 
 class Learner:
     def __init__(
-        self, config: Config, holder: ActiveBundle, enrolled: Enrolled | None, clock: Callable[[], float]
+        self,
+        config: Config,
+        holder: ActiveBundle,
+        enrolled: Enrolled | None,
+        clock: Callable[[], float],
+        wake: StopEvent | None = None,
     ) -> None:
-        """`enrolled` is None on a box that is not enrolled: it collects examples and has no rounds."""
+        """`enrolled` is None on a box that is not enrolled: it collects examples and has no rounds. `wake` is set by
+        whoever has made work: the work itself is a row, so that a missed call costs POLL_S and no more.
+        """
         self._config = config
         self._holder = holder
         self._enrolled = enrolled
         self._clock = clock
+        self._wake = wake or StopEvent()
         self._data_dir = config.box.data_dir
         self._collected_up_to = 0
         self._collect_at = 0.0
@@ -53,8 +61,9 @@ class Learner:
         db = database.connect(self._data_dir)
         self.repair(db)
         while not stop.is_set():
+            self._wake.clear()
             self.step(db, stop)
-            stop.wait(POLL_S)
+            self._wake.wait(POLL_S)
         db.close()
 
     def repair(self, db: sqlite3.Connection) -> None:

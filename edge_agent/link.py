@@ -42,10 +42,10 @@ from fleet_link.topics import HUB, Channel, Direction, Topic, device_subscriptio
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 0.25
+IDLE_S = 0.1
 BUSY_S = 0.02
 MAX_TAKEN = 64  # messages before anything else gets its turn
-HOUSEKEEPING_S = 0.25
+HOUSEKEEPING_S = 0.1
 RESEND_S = 5.0
 KEPT_ALARMS = 8
 ALARM_S = 3600.0  # distrust is told for so long
@@ -75,6 +75,7 @@ class Link:
     enrolled: Enrolled
     holder: ActiveBundle
     clock: Callable[[], float] = time.time
+    wake_learner: Callable[[], object] = lambda: None
 
     def run(self, stop: StopEvent) -> None:
         """Until `stop` is set. What the hub or the site does wrong is logged and survived; our own defects are not."""
@@ -162,6 +163,9 @@ class Conversation:
         self._window.accept(opened.sequence, opened.digest)
         database.keep(self._db, HIGHEST_SEQUENCE, self._window.highest)
         self._dispatch(opened.message, now)
+        if isinstance(opened.message, RoundPlan | masked.FromHub):
+            self._housekeeping_at = NEVER  # the answer leaves in this very step
+            self._link.wake_learner()
 
     def _dispatch(self, message: AnyMessage, now: float) -> None:
         match message:
