@@ -32,3 +32,11 @@ def test_every_command_is_there() -> None:
     assert named <= installed
     script = (ROOT / "dev").read_text("utf-8")
     assert all(f"\n  {word})" in script for word in re.findall(r"\./dev (\w+)", README))
+
+
+def test_every_test_that_the_threat_model_names_is_there() -> None:
+    model = (ROOT / "docs" / "threat-model.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", model)
+    assert len(named) > 30
+    for path, test in named:
+        assert f"def {test}" in (ROOT / path).read_text("utf-8"), f"{path}::{test}"
