@@ -162,32 +162,35 @@ class Link:
             self._trouble(error)
 
     def _take_message(self, device: str, payload: bytes, now: float) -> None:
-        # 1. The registry: known and not revoked.
         with self._parts.database.reading() as session:
+            # 1. The registry: known and not revoked.
             row = session.get(Device, device)
-        if row is None or row.revoked_at is not None:
-            raise TrustError(
-                "a revoked device still speaks" if row is not None else "no such device in the registry",
-                advice="fleet devices shows all",
-            )
-        # 2. Certificate, signature, sender, recipient, time.
-        opened = envelope.open(payload, self._parts.trust, sender=device, recipient=HUB, now=now)
-        # 3. The certificate still counts. Before the window: an old one must not use up sequences.
-        with self._parts.database.reading() as session:
+            if row is None or row.revoked_at is not None:
+                raise TrustError(
+                    "a revoked device still speaks" if row is not None else "no such device in the registry",
+                    advice="fleet devices shows all",
+                )
+            # 2. Certificate, signature, sender, recipient, time.
+            opened = envelope.open(payload, self._parts.trust, sender=device, recipient=HUB, now=now)
+            # 3. The certificate still counts. Before the window: an old one must not use up sequences.
             registry.check_certificate(session, device, opened.serial)
-        # 4. Not seen before; kept on disk before anything comes of it.
+        # 4. Not seen before; kept on disk before anything comes of it. A heartbeat is all in this one transaction.
         window = self._windows.get(device)
         if window is None or window.highest > row.last_sequence:  # enrolled anew since: it counts anew
             window = self._windows[device] = envelope.ReplayWindow(row.last_sequence)
         window.accept(opened.sequence, opened.digest)
         with self._parts.database.writing() as session:
-            session.get_one(Device, device).last_sequence = window.highest
+            speaker = session.get_one(Device, device)
+            speaker.last_sequence = window.highest
+            if isinstance(opened.message, Heartbeat):
+                _keep_heartbeat(speaker, opened.message, now)
         self._dispatch(device, opened.message, now)
 
     def _dispatch(self, device: str, message: AnyMessage, now: float) -> None:
         match message:
             case Heartbeat():
-                self._on_heartbeat(device, message, now)
+                self._news = True
+                self._owed.setdefault(device, now)
             case RoundAnswer():
                 self._receipt(device, message.message_id, self._parts.intake.answered(device, message, now))
             case RoundKeys() | Shares() | SurvivorsSigned() | Unmask():
@@ -205,15 +208,6 @@ class Link:
                 self._transfers.on_receipt(device, message, now)
             case _:
                 raise LinkError(f"a box sent a {type(message).__name__}, which only the hub says")
-
-    def _on_heartbeat(self, device: str, heartbeat: Heartbeat, now: float) -> None:
-        with self._parts.database.writing() as session:
-            row = session.get_one(Device, device)
-            if row.last_seen_at is None:
-                log.info("device %s: first heartbeat", device)
-            row.last_seen_at, row.heartbeat = now, msgspec.json.encode(heartbeat).decode()
-        self._news = True
-        self._owed.setdefault(device, now)
 
     def _on_bundle_request(self, device: str, request: BundleRequest, now: float) -> None:
         offered = self._parts.distribution.offers.get(device)
@@ -306,6 +300,12 @@ class Link:
         if str(error) != self._last_trouble:
             log.error("%s (%s)", error, error.advice)
         self._last_trouble = str(error)
+
+
+def _keep_heartbeat(row: Device, heartbeat: Heartbeat, now: float) -> None:
+    if row.last_seen_at is None:
+        log.info("device %s: first heartbeat", row.device)
+    row.last_seen_at, row.heartbeat = now, msgspec.json.encode(heartbeat).decode()
 
 
 def _of_round(session: Session, active: Round, part: RoundDevice, status: RoundStatus | None) -> list[AnyMessage]:
