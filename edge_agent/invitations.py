@@ -64,10 +64,13 @@ def _judge(db: sqlite3.Connection, config: Config, identity: Identity, invited: 
         base_here=base is not None,
         train_examples=len(learn.examples(db, config.policy.tasks, "train")),
         local_minute=policy.local_minute(now),
-        cost=privacy.cost_of(plan, base) if plan.noise and base is not None else None,
+        new_since_opened=replay.new_since_opened(db, plan, config.policy.tasks) if plan.kind == "masked" else None,
+        cost=privacy.cost_of(plan, base, config.policy.min_cohort) if plan.noise and base is not None else None,
         costs_before=tuple(privacy.spent_or_pledged(db)),
     )
     if not facts.base_here and bundles.is_coming(db, plan.base_digest) and now < plan.deadline_unix_s:
+        return
+    if plan.kind == "masked" and not plan.noise and _is_in_another(db, plan) and now < plan.deadline_unix_s:
         return
     reason = policy.may_join(plan, config.policy, facts, now)
     if reason and _is_too_early(db, config, invited, facts, now):
@@ -78,6 +81,14 @@ def _judge(db: sqlite3.Connection, config: Config, identity: Identity, invited: 
         part, keys = masked.begin(plan, identity, config.policy.min_cohort)
         outcome = replace(outcome, part=part, said=keys, cost=facts.cost)
     ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)
+
+
+def _is_in_another(db: sqlite3.Connection, plan: RoundPlan) -> bool:
+    """In another masked round: of two sums at a time the difference could be one site's update. It is waited for."""
+    return any(
+        other.round_id != plan.round_id and other.plan.kind == "masked"
+        for other in ledger.in_states(db, *rounds.WITH_SECRETS)
+    )
 
 
 def _is_too_early(db: sqlite3.Connection, config: Config, invited: Round, facts: policy.Facts, now: float) -> bool:

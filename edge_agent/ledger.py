@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent import database, masking, privacy, rounds
+from edge_agent import database, masking, privacy, replay, rounds
 from edge_agent.database import transaction
 from edge_agent.masking import Part
 from edge_agent.rounds import Command, Event, State
@@ -223,6 +223,8 @@ def _carry_out(db: sqlite3.Connection, command: Command, of: Round, outcome: Out
     elif command is Command.KEEP_PART:
         assert outcome.part is not None
         db.execute("INSERT OR REPLACE INTO masked_parts VALUES (?, ?)", (of.round_id, masking.encode(outcome.part)))
+    elif command is Command.NOTE_OPENED:
+        replay.note_opened(db, of.round_id)
     elif command is Command.DROP_PART:
         _drop_part(db, of.round_id)
         privacy.release(db, of.round_id)

@@ -18,7 +18,7 @@ from edge_agent.masking import Part
 from edge_agent.rounds import Event
 from fleet_link import cohort
 from fleet_link.cohort import Judge
-from fleet_link.errors import SiteError, TooFewError, TrustError
+from fleet_link.errors import PeerError, SiteError, TooFewError, TrustError
 from fleet_link.messages import Agreement, Cohort, RoundKeys, RoundPlan, SharesForwarded, Survivors
 from fleet_link.pki import Identity
 
@@ -47,7 +47,8 @@ def keys_again(db: sqlite3.Connection, round_id: str) -> Stage | None:
 def take(db: sqlite3.Connection, data_dir: Path, enrolled: Enrolled, message: FromHub, now: float) -> None:
     """One step, its message and its secrets in one transaction. Of a round that is not on here it is late: nothing happens.
 
-    Raises TrustError or SiteError after giving the round up, so that somebody hears of it.
+    Raises TrustError or SiteError after giving the round up, so that somebody hears of it; of another box's fault the hub
+    hears by the reason, and here the log tells.
     """
     known = ledger.find(db, message.round_id)
     if known is None:
@@ -60,6 +61,8 @@ def take(db: sqlite3.Connection, data_dir: Path, enrolled: Enrolled, message: Fr
     except (TrustError, SiteError) as error:
         log.warning("round %s: given up: %s", message.round_id, error)
         ledger.apply(db, data_dir, message.round_id, Event.FAILED, now, Outcome(reason=str(error)))
+        if isinstance(error, PeerError):
+            return
         if isinstance(error, TooFewError) and part is not None and _asks_for_more(part, known.plan):
             return
         raise

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fleet_link import cohort, masking, shares
 from fleet_link.cohort import Judge, Place, PublicKeys, Roster, RoundOf
-from fleet_link.errors import SiteError, TooFewError, TrustError
+from fleet_link.errors import PeerError, SiteError, TooFewError, TrustError
 from fleet_link.masking import WordBits
 from fleet_link.messages import (
     Agreement,
@@ -152,7 +152,8 @@ def enter(part: Part, shown: Cohort, judge: Judge, *, message_id: str) -> tuple[
 def admit(part: Part, forwarded: SharesForwarded) -> Part:
     """Open the neighbours' shares: their senders are whom this box masks against.
 
-    Raises TrustError on a sender who is no neighbour, too few of them, a packet that does not open, or a second choice.
+    Raises TrustError on a sender who is no neighbour, too few of them or a second choice, PeerError on a packet that does
+    not open.
     """
     everyone = _entered(part)
     cohort_digest = cohort.digest(everyone)
@@ -173,10 +174,13 @@ def admit(part: Part, forwarded: SharesForwarded) -> Part:
             advice="too many boxes dropped out; the next round may do better",
         )
     own = _share_key(part.secrets)
-    held = {
-        sender: shares.open(packet, Route(cohort_digest, sender, part.name), own, part.neighbours[sender].share_key)
-        for sender, packet in forwarded.sealed.items()
-    }
+    held = {}
+    for sender, packet in forwarded.sealed.items():
+        route = Route(cohort_digest, sender, part.name)
+        try:
+            held[sender] = shares.open(packet, route, own, part.neighbours[sender].share_key)
+        except TrustError as error:
+            raise PeerError(str(error), advice=f"the fleet's operator should inspect {sender}") from error
     return msgspec.structs.replace(part, held=held)
 
 

@@ -26,6 +26,7 @@ class Facts:
     base_here: bool  # the plan's base bundle is on this disk
     train_examples: int  # reviewed series this policy lets it learn from
     local_minute: int  # minutes since local midnight
+    new_since_opened: int | None = None  # verdicts; None: no sum over the plan's base has this box's update in it yet
     cost: Cost | None = None  # of the round's noise, where it has some and the base is here
     costs_before: tuple[Cost, ...] = ()  # of rounds joined before, sent or not yet sent
 
@@ -51,7 +52,14 @@ def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
     needed = max(policy.min_examples, plan.min_examples)
     if facts.train_examples < needed:
         return f"{facts.train_examples} reviewed examples for {', '.join(policy.tasks) or 'no task'}, needs {needed}"
-    return against_budget(policy, facts.costs_before, facts.cost) if plan.noise else ""
+    if plan.noise:
+        return against_budget(policy, facts.costs_before, facts.cost)
+    if plan.kind == "masked" and facts.new_since_opened is not None and facts.new_since_opened < needed:
+        return (
+            f"a sum with this box's update over the same base was opened before, and {facts.new_since_opened} verdicts are new "
+            f"since, needs {needed}: the difference of two such sums could be one site's update"
+        )
+    return ""
 
 
 def against_budget(policy: Policy, before: Sequence[Cost], cost: Cost | None) -> str:

@@ -7,7 +7,8 @@ Source: models.accountant; ARCHITECTURE.md, "The link": "The site decides".
 
 import logging
 import sqlite3
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from functools import lru_cache
 from pathlib import Path
 
 from fleet_link.messages import RoundPlan
@@ -20,15 +21,23 @@ from models.errors import BundleError, DeltaError
 log = logging.getLogger(__name__)
 
 
-def cost_of(plan: RoundPlan, base: Path) -> Cost | None:
-    """None for a round without noise, or where the words of this base's weights have no room for it."""
+@lru_cache(maxsize=4)
+def cost_of(plan: RoundPlan, base: Path, honest: int) -> Cost | None:
+    """None for a round without noise, or where the words of this base's weights have no room for it.
+
+    Of the boxes whose noise the plan counts on only `honest` are believed to add theirs: the plan is the hub's word, and
+    it may have enrolled the others itself. `base` is named by its digest.
+    """
     try:
         weights = read_bundle(base).weights
         shapes = {name: weights[name].shape for name in delta.trainable_names(weights, plan.trainable)}
-        return accountant.cost_of(round_layout.layout_of(plan, plan_digest(plan), shapes))
+        cost = accountant.cost_of(round_layout.layout_of(plan, plan_digest(plan), shapes))
     except (BundleError, DeltaError) as error:
         log.warning("round %s: %s", plan.round_id, error)
         return None
+    if cost is None:
+        return None
+    return replace(cost, variance=cost.variance * min(honest, plan.noise_boxes) // plan.noise_boxes)
 
 
 def pledge(db: sqlite3.Connection, round_id: str, cost: Cost) -> None:

@@ -11,15 +11,19 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from edge_agent import database
+from edge_agent import database, learn
 from edge_agent.learn import Example
 from edge_agent.rounds import COUNTED, State
+from fleet_link import messages
+from fleet_link.messages import RoundPlan
 from models.spec import MODALITIES
 
 # The reason of a sealed round until the hub's receipt, which clears it: a round that closes before keeps it.
 NOT_COUNTED = "the hub has not yet confirmed this box's update"
 # Counter of a modality and a round: the newest verdict that its update was trained on.
 LEARNED_UP_TO = "learned up to, "
+# Counter of a round: a sum that this box's update is in may have been read.
+OPENED = "opened, "
 NEWEST_COUNTED = """
     SELECT COALESCE(MAX(c.value), 0) FROM counters c JOIN rounds r ON c.name = ? || r.round_id
     WHERE r.state IN (?, ?, ?) OR (r.state = ? AND r.update_path <> '' AND r.reason = '')
@@ -50,6 +54,28 @@ def learned_up_to(db: sqlite3.Connection) -> dict[str, int]:
     return found
 
 
+def new_since_opened(db: sqlite3.Connection, plan: RoundPlan, tasks: Sequence[str]) -> int | None:
+    """Verdicts to train on that no opened sum over the plan's base has seen; None where there is no such sum."""
+    opened = [
+        row["round_id"]
+        for row in db.execute(
+            "SELECT round_id, plan FROM rounds r JOIN counters c ON c.name = ? || r.round_id", (OPENED,)
+        )
+        if _base_of(row["plan"]) == plan.base_digest
+    ]
+    if not opened:
+        return None
+    seen = {
+        modality: max(database.counter(db, _counter(modality, round_id)) for round_id in opened)
+        for modality in MODALITIES
+    }
+    return sum(is_new(example, seen) for example in learn.examples(db, tasks, "train"))
+
+
+def note_opened(db: sqlite3.Connection, round_id: str) -> None:
+    database.keep(db, f"{OPENED}{round_id}", 1)
+
+
 def keep_learned(db: sqlite3.Connection, round_id: str, examples: Sequence[Example]) -> None:
     """What the round's update, sealed next, was trained on. Counts as soon as the hub counts it."""
     newest: dict[str, int] = {}
@@ -62,6 +88,12 @@ def keep_learned(db: sqlite3.Connection, round_id: str, examples: Sequence[Examp
 def forget(db: sqlite3.Connection) -> None:
     """Another hub has counted nothing of this box yet: every verdict is new to it."""
     db.execute("DELETE FROM counters WHERE substr(name, 1, ?) = ?", (len(LEARNED_UP_TO), LEARNED_UP_TO))
+
+
+def _base_of(kept_plan: bytes) -> str:
+    plan = messages.decode(kept_plan)
+    assert isinstance(plan, RoundPlan)  # we wrote it
+    return plan.base_digest
 
 
 def _counter(modality: str, round_id: str) -> str:

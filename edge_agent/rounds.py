@@ -53,6 +53,7 @@ class Command(StrEnum):
     SAY_NO = "say-no"
     SAY_STAGE = "say-stage"  # the message of a masked round that came with the event
     KEEP_PART = "keep-part"  # the box's part in a masked round that came with the event
+    NOTE_OPENED = "note-opened"  # a sum with this box's update may be read from now on
     DROP_PART = "drop-part"  # its secrets, what it had still to say and what it had pledged of its privacy budget
     PLEDGE_PRIVACY = "pledge-privacy"  # where the round has noise: what it would cost counts from now on
     SPEND_PRIVACY = "spend-privacy"  # the pledge is spent, whatever becomes of the round
@@ -97,6 +98,7 @@ OPEN: Table = MappingProxyType(
 )
 
 BEFORE_UPDATE = (S.KEYED, S.SHARED, S.TRAINING)
+WITH_SECRETS = (S.KEYED, S.SHARED, S.TRAINING, S.UPLOADING, S.DELIVERED, S.AGREED, S.UNMASKED)
 WITH_UPDATE = (S.UPLOADING, S.DELIVERED, S.AGREED, S.UNMASKED)
 COUNTED = (S.DELIVERED, S.AGREED, S.UNMASKED)
 
@@ -122,7 +124,7 @@ MASKED: Table = MappingProxyType(
         # The lists name this box: the hub has its update, though its receipt was lost.
         (S.UPLOADING, E.SURVIVORS_SIGNED): (S.AGREED, (C.KEEP_PART, C.SAY_STAGE, C.DROP_TRANSFER)),
         (S.DELIVERED, E.SURVIVORS_SIGNED): (S.AGREED, (C.KEEP_PART, C.SAY_STAGE)),
-        (S.AGREED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE,)),
+        (S.AGREED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE, C.NOTE_OPENED)),
         (S.UNMASKED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE,)),
     }
 )

@@ -26,5 +26,9 @@ class TrustError(WardroundError):
     """Bad signature, wrong digest, replay, rollback: refuse, stop and alarm."""
 
 
+class PeerError(TrustError):
+    """Another box, not the hub, sent what cannot be: no reason to distrust the hub's releases."""
+
+
 class TooFewError(TrustError):
     """Fewer boxes than a site asks for. Nobody's lie where the site asks for more than the round's plan: no alarm then."""

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +19,7 @@ from fleet_link.errors import SiteError, TooFewError, TrustError
 from fleet_link.messages import RoundAnswer, RoundKeys, Shares, SurvivorsSigned, Unmask
 from models import addable
 from tests.edge_agent.link_support import make_plan
-from tests.edge_agent.masked_fleet import ID, NAMES, ROUND, Fleet, Hospitals
+from tests.edge_agent.masked_fleet import BODY, ID, NAMES, ROUND, Fleet, Hospitals
 from tests.masked_support import changed, flipped
 
 STAGES = ("keyed", "shared", "training", "uploading", "delivered", "agreed", "unmasked")
@@ -108,13 +110,39 @@ def test_the_hub_reads_the_sum_to_the_last_bit(make: Make, restarts: bool, bits:
     assert replay.learned_up_to(box.db) == {"XR": 3}
 
 
-def test_the_sum_is_the_mean_of_what_the_boxes_learned(make: Make) -> None:
-    fleet = make(changes={"word_bits": 32, "value_bits": 16})
+@pytest.mark.parametrize(("share", "moved"), [(1.0, BODY), (0.1, BODY // 10)])
+def test_the_sum_is_the_mean_of_what_the_boxes_learned(make: Make, share: float, moved: int) -> None:
+    fleet = make(changes={"word_bits": 32, "value_bits": 16, "share": share})
     fleet.to_stage("unmasked")
     mean = addable.decode_sum(fleet.sum(), fleet.layout)
     for name in mean:
         expected = np.mean([fleet.deltas[box][name] for box in NAMES], axis=0)
         assert mean[name] == pytest.approx(expected, abs=0.01)
+    assert np.count_nonzero(mean["body.weight"]) == moved
+    assert all(mean[name].all() for name in ("head.bias", "head.weight"))
+
+
+def test_a_share_of_the_weights_is_a_share_of_the_bytes(make: Make) -> None:
+    fleet = make(changes={"share": 0.1})
+    fleet.to_stage("uploading")
+    assert {len(upload) for upload in fleet.uploads.values()} == {2 * fleet.layout.word_count}
+    assert fleet.layout.word_count == 1 + 24  # three blocks of 8 for 20 drawn and the head's 4
+
+
+def test_what_was_learned_beside_the_drawn_weights_is_not_dropped_without_a_word(make: Make) -> None:
+    fleet = make(changes={"share": 0.1}, strays=True)
+    fleet.to_stage("training")
+    fleet.hear()
+    fleet.train("box-1")
+    assert is_out(fleet)
+    assert "body.weight moved where the round does not move it" in the_no(fleet).reason
+
+
+def test_a_share_of_adapters_is_declined(make: Make) -> None:
+    fleet = make(changes={"share": 0.1, "trainable": "adapters"})
+    fleet.tell("box-1", fleet.plan)
+    assert is_out(fleet)
+    assert "a share of 0.1 of adapters" in the_no(fleet).reason
 
 
 def test_more_examples_weigh_more_up_to_the_cap(make: Make) -> None:
@@ -430,6 +458,54 @@ def test_a_key_of_a_neighbour_that_is_none_ends_the_round_here(make: Make, monke
     assert "is no X25519 key" in the_no(fleet).reason
 
 
+# --- two sums whose difference could be one box's update --------------------------------------------
+
+
+def invite_again(fleet: Fleet, **changes: object) -> dict[str, Any]:
+    """Box-1's row of a second round."""
+    fleet.tell("box-1", changed(fleet.plan, round_id="round-2", **changes))
+    box = fleet.boxes["box-1"]
+    invitations.judge_waiting(box.db, box.config, box.enrolled.identity, time.time())
+    return dict(next(row for row in box.rows("rounds") if row["round_id"] == "round-2"))
+
+
+def test_a_second_round_waits_until_the_first_is_over(make: Make) -> None:
+    fleet = make()
+    fleet.to_stage("delivered")
+    assert invite_again(fleet)["state"] == State.INVITED
+    fleet.close_round("dropped", "too few")
+    assert invite_again(fleet)["state"] == State.KEYED  # no sum was opened
+
+
+@pytest.mark.parametrize("outcome", ["released", "dropped"])
+def test_over_the_same_base_a_second_sum_needs_new_verdicts(make: Make, outcome: str) -> None:
+    fleet = make()
+    fleet.to_stage("unmasked")
+    fleet.close_round(outcome, "" if outcome == "released" else "no candidate")
+    row = invite_again(fleet)
+    assert row["state"] == State.DECLINED
+    assert "was opened before, and 0 verdicts are new since, needs 2" in row["reason"]
+
+
+def test_with_enough_new_verdicts_it_joins(make: Make) -> None:
+    fleet = make()
+    fleet.to_stage("unmasked")
+    fleet.close_round()
+    box = fleet.boxes["box-1"]
+    for number in range(2):
+        box.add_reviewed(f"new-{number}", bright=True, label="nodule")
+    learn.collect(box.db, box.data_dir, box.holder.current.reader.bundle.manifest, 0.25)
+    box.db.execute("UPDATE examples SET split = 'train'")
+    assert invite_again(fleet)["state"] == State.KEYED
+
+
+def test_a_sum_that_was_not_opened_or_has_another_base_is_no_reason(make: Make) -> None:
+    fleet = make()
+    fleet.to_stage("agreed")
+    fleet.close_round("dropped", "too few signed")
+    assert invite_again(fleet)["state"] == State.KEYED
+
+
 # --- distrust -------------------------------------------------------------------------------------
 
 
@@ -471,8 +547,10 @@ def test_shares_that_do_not_open(make: Make) -> None:
     fleet.hear()
     fleet.sharing = NAMES
     good = fleet.forwarded("box-1")
-    bad = {name: flipped(packet) for name, packet in good.sealed.items()}
-    distrusted(fleet, changed(good, sealed=bad), "do not open here")
+    bad = {name: flipped(packet) if name == "box-3" else packet for name, packet in good.sealed.items()}
+    fleet.tell("box-1", changed(good, sealed=bad))  # another box's doing: no alarm against the hub
+    assert is_out(fleet)
+    assert "box-3 do not open here" in the_no(fleet).reason
 
 
 def test_lists_without_this_box(make: Make) -> None:

@@ -20,6 +20,7 @@ from models.accountant import Cost
 from models.layout import Layout
 from tests.edge_agent.link_support import make_plan
 from tests.edge_agent.masked_fleet import ID, NAMES, ROUND, Fleet, Hospitals
+from tests.masked_support import changed
 
 NOISE = {"noise": 1.0, "noise_boxes": 3, "word_bits": 32, "value_bits": 16}
 Make = Callable[..., Fleet]
@@ -64,6 +65,18 @@ def invite_another(fleet: Fleet, round_id: str, **changes: object) -> str:
     plan = type(fleet.plan)(**(fields | {"round_id": round_id} | changes))
     invitations.take(box.db, box.config, box.enrolled.identity, plan, time.time())
     return str(next(row["reason"] for row in box.rows("rounds") if row["round_id"] == round_id))
+
+
+def test_no_more_boxes_are_believed_to_add_noise_than_the_site_asks_for(make: Make) -> None:
+    """The hub may have enrolled the others itself."""
+    fleet = make()
+    base = fleet.boxes["box-1"].holder.current.reader.bundle.path
+    plan = changed(fleet.plan, noise_boxes=fleet.plan.noise_boxes * 100, boxes_max=1000)
+    believed, all_of_them = (privacy.cost_of(plan, base, honest) for honest in (3, plan.noise_boxes))
+    assert believed is not None
+    assert all_of_them is not None
+    assert believed.variance == pytest.approx(all_of_them.variance * 3 / plan.noise_boxes, rel=1e-6)
+    assert accountant.epsilon([believed], 1e-5) > 3 * accountant.epsilon([all_of_them], 1e-5)
 
 
 # --- a round with noise -----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_a_masked_round_that_goes_well() -> None:
         (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE)),
         (S.DELIVERED, (C.DROP_TRANSFER,)),
         (S.AGREED, (C.KEEP_PART, C.SAY_STAGE)),
-        (S.UNMASKED, (C.SAY_STAGE,)),
+        (S.UNMASKED, (C.SAY_STAGE, C.NOTE_OPENED)),
         (S.CLOSED, (C.DROP_PART, *END)),
     ]
 
