@@ -24,6 +24,7 @@ TORCH_MODULES = {
         "models.pretraining",
         "models.privacy",
         "models.restore",
+        "models.restricted",
     ),
     "models.training",
 }

@@ -6,15 +6,12 @@ One house for all: each case is a round of its own, in which the box dies once a
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from benchmarks import studies
-from benchmarks.house import Box, House
+from benchmarks.house import House
 from benchmarks.processes import HouseError, wait_for
-from benchmarks.studies import Order, Reviewer
-from tests.crash_support import Point, dying_box, dying_hub
+from tests.crash_support import Point, dying_box, dying_hub, teach
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -78,7 +75,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         box.add_user("reader", "phantoms-only")
         box.start()
         box.wait_ready()
-        _teach(box, house.folder / "scanner")
+        teach(box, house.folder / "scanner", per_label=3)
         yield house
 
 
@@ -163,16 +160,3 @@ def _check_as_if_nothing_had_happened(house: House, round_id: str, before: list[
     wait_for("receipt of everything the box said", lambda: not box.query(waiting), timeout_s=30.0)
     assert list((box.data_dir / "updates").iterdir()) == []
     assert house.hub.fleet("refusals") == []
-
-
-def _teach(box: Box, folder: Path) -> None:
-    sent = studies.make(Order(box, "north", ("XR",), 3, 50), folder)
-    studies.send_all([box], sent)
-    uids = {study.SeriesInstanceUID: study for study in sent}
-    read = "SELECT s.series_no, s.SeriesInstanceUID, r.findings FROM series s JOIN results r USING (series_no) WHERE s.state = 'reported'"
-    wait_for("results", lambda: len(box.query(read)) == len(sent), timeout_s=60.0)
-    reviewer = Reviewer(box, "reader", "phantoms-only")
-    for row in box.query(read):
-        reviewer.review(row["series_no"], uids[row["SeriesInstanceUID"]].label, studies.predicted(row))
-    reviewer.close()
-    wait_for("examples", lambda: len(box.query("SELECT 1 FROM examples")) == len(sent), timeout_s=30.0)

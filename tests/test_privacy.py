@@ -13,12 +13,12 @@ from benchmarks.house import Box, House, run_command
 from benchmarks.processes import Daemon, wait_for
 from benchmarks.studies import Order, Reviewer, Study
 from tests.privacy_support import found_in, patient_words
+from tests.twin_support import Twins, hub_row
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SETTINGS: dict[str, object] = {
     "hub.heartbeat_s": 1.0,
-    "policy.allow_unsafe_open_rounds": True,
     "policy.min_examples": 1,
     "dicom.quiet_time_s": 1.0,
     "box.log_level": "DEBUG",
@@ -27,7 +27,7 @@ SETTINGS: dict[str, object] = {
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """One box after a round, with broken files sent to it and a PACS that is away: every text it has to say was said."""
+    """One box after a masked round, with broken files sent to it and a PACS that is away: every text it has to say was said."""
     with House(tmp_path_factory.mktemp("privacy") / "house") as house:
         house.open_hub("north")
         box = house.add_box("north-1", "north", SETTINGS)
@@ -48,7 +48,7 @@ def test_nothing_of_a_patient_is_in_messages_updates_or_log(house: House) -> Non
     assert len(words) > 30
     assert found_in(box.data_dir / "instances", words)  # the search finds what is there
     tap = house.folder / "tap"
-    assert tap.stat().st_size > 500_000  # heartbeats, answers, the whole update
+    assert tap.stat().st_size > 500_000  # heartbeats, answers, every stage, the whole update
     for place in (tap, box.daemon.log_path, house.hub.data_dir, house.hub.daemon.log_path):
         assert found_in(place, words) == set(), place
 
@@ -73,14 +73,22 @@ def _go_through_a_round(house: House, box: Box) -> None:
     for row in box.query(read):
         reviewer.review(row["series_no"], labels[row["SeriesInstanceUID"]], studies.predicted(row))
     reviewer.close()
-    options = ("--unsafe-open", "--min-devices", "1", "--min-examples", "1", "--epochs", "1")
-    round_id = house.hub.fleet("round", "start", *options)["round_id"]
-    wait_for(
-        "release",
-        lambda: house.hub.fleet("round", "show", round_id)["state"] == "released",
-        timeout_s=180.0,
-        every_s=0.5,
-    )
+    _learn(house)
+
+
+def _learn(house: House) -> None:
+    twins = Twins(house, "south-1", "west-1")
+    twins.join_masked_rounds()
+    round_id = house.hub.fleet("round", "start", "--min-examples", "1", "--epochs", "1")["round_id"]
+
+    def is_released() -> bool:
+        twins.step()
+        shown = hub_row(house, "SELECT state, reason FROM rounds WHERE round_id = ?", round_id)
+        assert shown["state"] != "dropped", shown["reason"]
+        return bool(shown["state"] == "released")
+
+    wait_for("release", is_released, timeout_s=180.0, every_s=0.02)
+    twins.close()
 
 
 def _send_broken(box: Box, study: Study, folder: Path) -> None:

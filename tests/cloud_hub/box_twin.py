@@ -56,7 +56,7 @@ class BoxTwin:
         self.masked: MaskedTwin | None = None  # set by a test: it answers what a masked round asks, by itself
         self.outbox: dict[str, AnyMessage] = {}
         self._said_at = 0.0
-        self._trust = trust
+        self.trust = trust
         self._folder = folder
         self._incoming: dict[str, chunks.Incoming] = {}
         self._outgoing: dict[str, chunks.Outgoing] = {}
@@ -132,7 +132,7 @@ class BoxTwin:
                 if transfer_id in self._incoming:
                     self._incoming[transfer_id].on_chunk(received.payload)
                 continue
-            opened = envelope.open(received.payload, self._trust, sender=HUB, recipient=self.name, now=time.time())
+            opened = envelope.open(received.payload, self.trust, sender=HUB, recipient=self.name, now=time.time())
             self.heard.append(opened.message)
             self.sequences.append(opened.sequence)
             self.hub_serials.append(opened.serial)

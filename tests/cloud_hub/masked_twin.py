@@ -117,9 +117,14 @@ class MaskedTwin:
 
 def plain_mean(plan: RoundPlan, twins: list[MaskedTwin]) -> Arrays:
     """What the hub must find, from updates that were never masked."""
+    updates = [twin.words for twin in twins if twin.words is not None]
+    assert len(updates) == len(twins)
+    return mean_of(plan, updates)
+
+
+def mean_of(plan: RoundPlan, updates: list[NDArray[np.unsignedinteger]]) -> Arrays:
     layout = layout_of(plan)
     total = masking.zeros(layout.word_count, plan.word_bits)
-    for twin in twins:
-        assert twin.words is not None
-        np.add(total, twin.words, out=total)
+    for words in updates:
+        np.add(total, words, out=total)
     return addable.decode_sum(total, layout)
