@@ -6,13 +6,12 @@ Source: FedAvg (McMahan 2017); the codecs are models.addable (masked rounds), mo
 
 Every arm starts from weights trained on two other public sets, as a fleet starts from the shipped bundle. One epoch at a
 site and round, the rate falling over the rounds; `rate` is the arm's own factor on it. An arm that `trains_chosen` moves
-at the site only the coordinates that the round's seed chose, so that nothing it learns is lost on the way.
+at the site only heads, norms and the coordinates that the round's seed draws (models.drawn), as a box does.
 """
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +54,7 @@ class Extent:
 
 
 FEDAVG = Arm("float32")
-_CHOSEN_28TH = Arm("sparse", share=1 / 28, value_bits=3, trains_chosen=True, norms_whole=True, rate=4.0)
+_CHOSEN_28TH = Arm("sparse", share=1 / 28, value_bits=3, trains_chosen=True, rate=4.0)
 ARMS = (
     FEDAVG,
     replace(FEDAVG, rate=2.0),
@@ -149,9 +148,9 @@ def run(scene: Scene, arm: Arm, rounds: int, seed: int) -> Row:
     exchange = exchange_of(arm, {name: base[name].shape for name in names}, seed)
     accuracies, sent, largest = [], 0, 0.0
     for number in range(rounds):
-        movable = exchange.begin(number)
+        drawn_by = exchange.begin(number)
         for i, site in enumerate(scene.sites):
-            after = _trained(network, base, site, arm, movable, number / rounds, (seed * rounds + number) * SITES + i)
+            after = _trained(network, base, site, arm, drawn_by, number / rounds, (seed * rounds + number) * SITES + i)
             change = delta.subtract(after, base, names)
             largest = max(largest, delta.norm(change))
             sent += exchange.send(i, change, len(site) / max(len(each) for each in scene.sites))
@@ -169,26 +168,15 @@ def run(scene: Scene, arm: Arm, rounds: int, seed: int) -> Row:
 
 
 def _trained(
-    network: Hybrid, base: Weights, site: Sequence[Example], arm: Arm, movable: Weights | None, done: float, seed: int
+    network: Hybrid, base: Weights, site: Sequence[Example], arm: Arm, drawn_by: bytes, done: float, seed: int
 ) -> Weights:
     load_weights(network, base)
     rate = SITE_PLAN.learning_rate * arm.rate * 0.5 * (1.0 + float(np.cos(np.pi * done)))
     plan = replace(SITE_PLAN, learning_rate=rate, seed=seed, schedule="constant", trainable=arm.trainable)
-    with _restricted(network, movable):
-        train(network, site, plan, lambda epoch, loss: None)
+    if drawn_by:
+        plan = replace(plan, share=arm.share, share_seed=drawn_by)
+    train(network, site, plan, lambda epoch, loss: None)
     return weights_of(network)
-
-
-@contextmanager
-def _restricted(network: Hybrid, movable: Weights | None) -> Iterator[None]:
-    """Gradients are zero where a tensor may not move, so Adam does not move it."""
-    handles = []
-    for name, parameter in network.named_parameters():
-        if movable is not None and name in movable:
-            handles.append(parameter.register_hook(partial(torch.mul, torch.from_numpy(movable[name]))))
-    yield
-    for handle in handles:
-        handle.remove()
 
 
 def _new(scene: Scene) -> Hybrid:

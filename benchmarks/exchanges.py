@@ -5,7 +5,7 @@ Never keeps between rounds anything but what a box would: its memory.
 Source: models.addable (masked rounds), models.delta and benchmarks.sparse (open rounds).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,11 +14,11 @@ import numpy as np
 from benchmarks import sparse
 from benchmarks.network.federated import SITES, Weights
 from models import addable, delta
-from models.addable import Vector
 from models.delta import Trainable
-from models.layout import MAX_VALUE_BITS, Layout
+from models.drawn import Drawn
+from models.layout import Layout
 
-# Root mean square of a coordinate at the clip norm, at rate 1: above that of any site here, so that none is clipped.
+# Root mean square of a moved coordinate at the clip norm, at rate 1: above that of any site here, so that none is clipped.
 CLIP_SPREAD = 0.02
 Shapes = dict[str, tuple[int, ...]]
 Codec = Literal["float32", "int8", "addable", "sparse"]
@@ -34,8 +34,9 @@ class Arm:
     value_bits: int = 0
     word_bits: int = 0
     has_memory: bool = False
-    trains_chosen: bool = False
-    norms_whole: bool = False  # heads and norms are moved whole, the share is of the rest
+    trains_chosen: bool = (
+        False  # heads, norms and the share that the round's seed draws; else the share is taken afterwards
+    )
     rate: float = 1.0  # times the plan's
 
     @property
@@ -46,15 +47,14 @@ class Arm:
         if self.value_bits:
             parts.append(f"{self.value_bits} bits" + (f" in {self.word_bits}" if self.word_bits else ""))
         parts += ["memory"] * self.has_memory + ["chosen trained"] * self.trains_chosen
-        parts += ["norms whole"] * self.norms_whole
         return ", ".join(parts + [f"rate × {self.rate:g}"] * (self.rate != 1.0))
 
 
 class Exchange(Protocol):
     """What happens between the sites' training and the next base, one round after the other."""
 
-    def begin(self, number: int) -> Weights | None:
-        """For each tensor, 1 where sites may move it; None where they may anywhere."""
+    def begin(self, number: int) -> bytes:
+        """The seed of what the sites train; empty where they train everything."""
 
     def send(self, site: int, change: Weights, weight: float) -> int:
         """Bytes of one site's payload."""
@@ -78,10 +78,10 @@ class _Each:
     def __init__(self, codec: Callable[[int, Weights], tuple[int, Weights]], shapes: Shapes) -> None:
         self._codec, self._shapes = codec, shapes
 
-    def begin(self, number: int) -> Weights | None:
+    def begin(self, number: int) -> bytes:
         self._total = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         self._weight = 0.0
-        return None
+        return b""
 
     def send(self, site: int, change: Weights, weight: float) -> int:
         length, decoded = self._codec(site, change)
@@ -126,109 +126,81 @@ class _Sparse:
 
 
 class _Addable:
-    """Masked rounds: words are added, the sum is decoded. The masks cancel and are left out.
-
-    Where heads and norms are moved whole, they are a sum of their own beside that of the other weights' share.
-    """
+    """Masked rounds: words are added, the sum is decoded. The masks cancel and are left out."""
 
     def __init__(self, arm: Arm, shapes: Shapes, seed: int) -> None:
-        self._arm, self._seed = arm, seed
+        self._arm, self._shapes, self._seed = arm, shapes, seed
         self._generator = np.random.default_rng(seed)
-        self._parts = _parts(arm, shapes)
-        self._memories: list[list[addable.Vector | None]] = [
-            [np.zeros(sparse.size_of(part), np.float32) if arm.has_memory else None for part, _ in self._parts]
-            for _ in range(SITES)
+        self._memories: list[addable.Vector | None] = [
+            np.zeros(sparse.size_of(shapes), np.float32) if arm.has_memory else None for _ in range(SITES)
         ]
 
-    def begin(self, number: int) -> Weights | None:
-        self._layouts = _layouts(self._arm, self._parts, self._seed, number)
-        self._totals = [np.zeros(layout.word_count, layout.word_type) for layout in self._layouts]
-        return _movable(self._layouts) if self._arm.trains_chosen else None
+    def begin(self, number: int) -> bytes:
+        drawn = _drawn(self._arm, self._shapes, self._seed, number)
+        moved = drawn.chosen if self._arm.trains_chosen else drawn.size
+        self._layout = Layout(
+            self._shapes,
+            drawn.seed,
+            _clip_norm(self._arm, moved),
+            SITES,
+            self._arm.word_bits,
+            self._arm.value_bits,
+            self._arm.share,
+        )
+        self._total = np.zeros(self._layout.word_count, self._layout.word_type)
+        return drawn.seed if self._arm.trains_chosen else b""
 
     def send(self, site: int, change: Weights, weight: float) -> int:
-        length = 0
-        for i, layout in enumerate(self._layouts):
-            part = {name: change[name] for name in layout.names}
-            words, memory = addable.encode(part, layout, weight, self._generator, self._memories[site][i])
-            self._memories[site][i] = memory
-            self._totals[i] += words
-            length += words.nbytes
-        return length
+        if self._arm.trains_chosen:
+            self._layout.drawn.check_alone(change)
+        words, self._memories[site] = addable.encode(
+            change, self._layout, weight, self._generator, self._memories[site]
+        )
+        self._total += words
+        return words.nbytes
 
     def mean(self) -> Weights:
-        decoded = [addable.decode_sum(*each) for each in zip(self._totals, self._layouts, strict=True)]
-        return {name: value for part in decoded for name, value in part.items()}
+        return addable.decode_sum(self._total, self._layout)
 
 
 class _Drawn:
-    """Open rounds whose coordinates the round's seed draws: no position travels, and the site trains them alone."""
+    """Open rounds whose coordinates the round's seed draws: no position travels, and the site trains them alone.
+
+    Heads and norms have a scale of their own beside that of the drawn coordinates.
+    """
 
     def __init__(self, arm: Arm, shapes: Shapes, seed: int) -> None:
-        self._arm, self._parts, self._seed = arm, _parts(arm, shapes), seed
+        self._arm, self._shapes, self._seed = arm, shapes, seed
         self._sparsity = sparse.Sparsity(1.0, arm.value_bits)
 
-    def begin(self, number: int) -> Weights | None:
-        self._layouts = _layouts(self._arm, self._parts, self._seed, number)
-        self._total: Weights = {}
+    def begin(self, number: int) -> bytes:
+        self._drawn = _drawn(self._arm, self._shapes, self._seed, number)
+        places = np.arange(self._drawn.size)[self._drawn.places]
+        whole = [np.full(self._shapes[name], name in self._drawn.whole).ravel() for name in self._drawn.names]
+        is_whole = np.concatenate(whole)[places]
+        self._groups = [group for group in (places[is_whole], places[~is_whole]) if group.size]
+        self._total = np.zeros(self._drawn.size, np.float32)
         self._weight = 0.0
-        return _movable(self._layouts)
+        return self._drawn.seed
 
     def send(self, site: int, change: Weights, weight: float) -> int:
+        vector = np.concatenate([change[name].ravel() for name in self._drawn.names])
         length = 0
-        for layout in self._layouts:
-            vector = np.concatenate([change[name].ravel() for name in layout.names])
-            places = addable._places(layout)
-            payload, _ = sparse.encode({"drawn": vector[places]}, self._sparsity, layout.clip_norm)
-            decoded = np.zeros_like(vector)
-            decoded[places] = sparse.decode(payload, {"drawn": (layout.chosen,)}, self._sparsity)["drawn"]
-            for name, value in _cut(decoded, layout).items():
-                self._total[name] = self._total.get(name, np.zeros_like(value)) + value * np.float32(weight)
+        for group in self._groups:
+            payload, _ = sparse.encode({"drawn": vector[group]}, self._sparsity, _clip_norm(self._arm, group.size))
+            decoded = sparse.decode(payload, {"drawn": (group.size,)}, self._sparsity)["drawn"]
+            self._total[group] += decoded * np.float32(weight)
             length += len(payload)
         self._weight += weight
         return length
 
     def mean(self) -> Weights:
-        return {name: (total / self._weight).astype(np.float32) for name, total in self._total.items()}
+        return self._drawn.cut((self._total / self._weight).astype(np.float32))
 
 
-def _parts(arm: Arm, shapes: Shapes) -> list[tuple[Shapes, float]]:
-    """Tensors that share a sum, and the share of them that is moved."""
-    whole = set(delta.trainable_names(shapes, "norms")) if arm.norms_whole else set()
-    rest = {name: shape for name, shape in shapes.items() if name not in whole}
-    parts = [(rest, arm.share)] if rest else []
-    return [*parts, ({name: shapes[name] for name in whole}, 1.0)] if whole else parts
+def _drawn(arm: Arm, shapes: Shapes, seed: int, number: int) -> Drawn:
+    return Drawn(shapes, b"benchmark %d %d" % (seed, number), arm.share)
 
 
-def _layouts(arm: Arm, parts: Sequence[tuple[Shapes, float]], seed: int, number: int) -> list[Layout]:
-    return [
-        Layout(
-            shapes,
-            b"benchmark %d %d" % (seed, number),
-            _clip_norm(arm, sparse.size_of(shapes)),
-            SITES,
-            arm.word_bits or 32,
-            arm.value_bits if arm.word_bits else MAX_VALUE_BITS,
-            share,
-        )
-        for shapes, share in parts
-    ]
-
-
-def _movable(layouts: Sequence[Layout]) -> Weights:
-    return {name: value for layout in layouts for name, value in chosen_of(layout).items()}
-
-
-def _clip_norm(arm: Arm, size: int) -> float:
-    return CLIP_SPREAD * arm.rate * float(np.sqrt(size))
-
-
-def chosen_of(layout: Layout) -> Weights:
-    """1 at the coordinates that the layout's seed chose."""
-    chosen = np.zeros(layout.size, np.float32)
-    chosen[addable._places(layout)] = 1.0
-    return _cut(chosen, layout)
-
-
-def _cut(vector: Vector, layout: Layout) -> Weights:
-    parts = np.split(vector, np.cumsum([int(np.prod(layout.shapes[name])) for name in layout.names])[:-1])
-    return {name: part.reshape(layout.shapes[name]) for name, part in zip(layout.names, parts, strict=True)}
+def _clip_norm(arm: Arm, moved: int) -> float:
+    return CLIP_SPREAD * arm.rate * float(np.sqrt(moved))

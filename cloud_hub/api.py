@@ -62,6 +62,7 @@ class NewRound(_Body, frozen=True):
     min_devices: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     deadline_s: Annotated[float, Meta(ge=10.0, le=30 * 86400.0)] | None = None
     noise: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
+    share: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     devices: tuple[str, ...] | None = None
 
 
@@ -181,6 +182,7 @@ class _Api:
             min_devices=body.min_devices or defaults.min_devices,
             deadline_s=body.deadline_s or defaults.deadline_s,
             noise=body.noise,
+            share=body.share or (defaults.share if body.kind == "masked" and body.trainable == "all" else 1.0),
             devices=list(body.devices) if body.devices is not None else None,
             now=now,
         )

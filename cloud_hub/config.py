@@ -71,6 +71,7 @@ class RoundsSection(_Section, frozen=True, kw_only=True):
     epochs: Annotated[int, Meta(ge=1, le=1000)]
     learning_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e6)]
+    share: Annotated[float, Meta(gt=0.0, le=1.0)]
     examples_cap: Positive
     update_per_base_max: Annotated[float, Meta(gt=0.0, le=16.0)]
     export_timeout_s: Seconds

@@ -6,7 +6,7 @@ Source: ARCHITECTURE.md, "Releases".
 """
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 import msgspec
 from sqlalchemy import delete, select
@@ -37,8 +37,10 @@ class Distribution:
         self._since = self._since or now
         with self._database.writing() as session:
             offers = self._decide(session, now)
+            versions = {release.release_version for release in offers.values()}
+            known = {(row.device, row.release_version) for version in versions for row in _rows(session, version)}
             for device, release in offers.items():
-                if session.get(DeviceRelease, (device, release.release_version)) is None:
+                if (device, release.release_version) not in known:
                     session.add(
                         DeviceRelease(
                             device=device, release_version=release.release_version, outcome=OFFERED, offered_at=now
@@ -78,7 +80,8 @@ class Distribution:
         devices = session.scalars(select(Device).where(Device.revoked_at.is_(None))).all()
         heartbeats = {d.device: _heartbeat(d) for d in devices}
         for release in session.scalars(select(Release).order_by(Release.release_version.desc())):
-            facts = [self._facts(session, d, heartbeats[d.device], release, now) for d in devices]
+            rows = {row.device: row for row in _rows(session, release.release_version)}
+            facts = [self._facts(d, heartbeats[d.device], release, rows.get(d.device), now) for d in devices]
             chosen = set(session.scalars(select(Canary.device).filter_by(release_version=release.release_version)))
             decision = rollout.next_offers(
                 Stage(release.state),
@@ -96,12 +99,11 @@ class Distribution:
         return offers
 
     def _facts(
-        self, session: Session, device: Device, heartbeat: Heartbeat | None, release: Release, now: float
+        self, device: Device, heartbeat: Heartbeat | None, release: Release, row: DeviceRelease | None, now: float
     ) -> DeviceFacts | None:
         """None for a device that runs a newer release than this one: it is not taken back."""
         if heartbeat is not None and heartbeat.release_version > release.release_version:
             return None
-        row = session.get(DeviceRelease, (device.device, release.release_version))
         reported = row is not None and row.outcome != OFFERED
         last_seen_at, max_age_s = device.last_seen_at or 0.0, self._config.rollout.heartbeat_max_age_s
         return DeviceFacts(
@@ -131,6 +133,11 @@ class Distribution:
         if decision.stage is Stage.HALTED:
             reason = f"{release.release_version}: {decision.reason}"
             record_refusal(session, device="", what="release", reason=reason, now=now)
+
+
+def _rows(session: Session, release_version: int) -> Sequence[DeviceRelease]:
+    """Of all devices at once: a thousand single queries take half a second."""
+    return session.scalars(select(DeviceRelease).filter_by(release_version=release_version)).all()
 
 
 def _heartbeat(device: Device) -> Heartbeat | None:

@@ -194,8 +194,18 @@ def round_start(
             "norm, added by the boxes in shares. Each site's budget pays for it."
         ),
     ] = 0.0,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Few bytes in a masked round: the boxes train and send heads and norms, and this share of all other "
+            "weights, another in each round. 0.036 is about a fiftieth of the bytes. Below 1 the plan's learning rate "
+            "is the one given here or in hub.toml times 1/√share, at most times 4."
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over a box's examples.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the training on each box.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the training on each box; with --share below 1 the plan's is higher.")
+    ] = None,
     clip_norm: Annotated[float | None, typer.Option(help="L2 limit of one box's weight delta.")] = None,
     min_examples: Annotated[int | None, typer.Option(help="A box with fewer declines.")] = None,
     min_devices: Annotated[
@@ -216,6 +226,7 @@ def round_start(
         "devices": device or None,
         "rule": rule,
         "noise": noise,
+        "share": share,
         "trainable": trainable,
         "epochs": epochs,
         "learning_rate": learning_rate,

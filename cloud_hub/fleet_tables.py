@@ -115,7 +115,7 @@ def round_(row: Row) -> Table:
     facts: dict[str, Any] = {"state": state(row["state"]), "reason": row["reason"] or None}
     facts |= {name.replace("_", " "): row[name] for name in names}
     if row["kind"] == "masked":
-        facts |= {"min cohort": row["min_cohort"], "noise": row["noise"], "came": came(row)}
+        facts |= {"min cohort": row["min_cohort"], "noise": row["noise"], "share": row["share"], "came": came(row)}
     facts |= {"base": row["base_digest"], "candidate": row["candidate_digest"]}
     facts |= {"started": when(row["created_at"]), "deadline": when(row["deadline"])}
     return _card(row["round_id"], facts | {"release": _release(row["release_version"])})

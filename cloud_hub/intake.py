@@ -104,8 +104,10 @@ class Intake:
         self._advance(session, row, event(device), now)
         return True, ""
 
-    def judge_update(self, device: str, offer: TransferOffer) -> tuple[Literal["take", "wait", "done", "refuse"], str]:
-        """What to do with the offer of an update, and why it is refused."""
+    def judge_update(
+        self, device: str, offer: TransferOffer, now: float
+    ) -> tuple[Literal["take", "wait", "done", "refuse"], str]:
+        """What to do with the offer of an update, and why it is refused. A round whose base is lost ends here."""
         with self._database.reading() as session:
             row = session.get(Round, offer.subject)
             part = session.get(RoundDevice, (offer.subject, device))
@@ -117,13 +119,20 @@ class Intake:
             return "refuse", part.reason or f"{device} has {part.state}"
         if State(row.state) not in rounds.COLLECTING:
             return "refuse", f"round {offer.subject} is over"
-        if offer.size > (limit := self.update_bytes_max(offer.subject)):
+        try:
+            limit = self.update_bytes_max(offer.subject)
+        except LostError as error:
+            return "refuse", self._failed(offer.subject, error, now)
+        if offer.size > limit:
             return "refuse", f"{offer.size} bytes, at most {limit} are taken"
         awaited = Member.JOINED if ledger.plan_of(row).kind == "unsafe_open" else Member.SHARED
         return ("take", "") if part.state == awaited else ("wait", "")
 
     def update_bytes_max(self, round_id: str) -> int:
-        """A sealed update holds the tensors of its base in fewer bits: it is never much larger. Masked: exactly so large."""
+        """A sealed update holds the tensors of its base in fewer bits: it is never much larger. Masked: exactly so large.
+
+        Raises LostError.
+        """
         with self._database.reading() as session:
             row = session.get(Round, round_id)
             if row is not None and (plan := ledger.plan_of(row)).kind == "masked":
@@ -138,7 +147,7 @@ class Intake:
     def take_update(self, device: str, offer: TransferOffer, path: Path, now: float) -> str:
         """Verify and count a whole, durable update file; the file is moved. Gives "" or the reason of a refusal."""
         round_id = offer.subject
-        action, reason = self.judge_update(device, offer)
+        action, reason = self.judge_update(device, offer, now)
         if action != "take":
             path.unlink(missing_ok=True)
             return reason
@@ -147,8 +156,7 @@ class Intake:
                 plan = ledger.plan_of(session.get_one(Round, round_id))
             collected = self._opener(plan) if plan.kind == "masked" else self.collected(round_id)
         except LostError as error:
-            self.apply(round_id, rounds.Failed(str(error)), now)
-            return f"round {round_id} is over"
+            return self._failed(round_id, error, now)
         try:
             update = collected.open(path, sender=device, now=now)
             with self._database.reading() as session:
@@ -162,6 +170,10 @@ class Intake:
         if isinstance(collected, Collection) and isinstance(update, Update):
             collected.add(Counted(device, kept, now), update)
         return self._count(device, offer, kept, update, now)
+
+    def _failed(self, round_id: str, error: LostError, now: float) -> str:
+        self.apply(round_id, rounds.Failed(str(error)), now)
+        return f"round {round_id} is over"
 
     def refuse_update(self, device: str, round_id: str, reason: str, now: float) -> None:
         """This device gives nothing to this round any more; the others do."""
@@ -180,15 +192,19 @@ class Intake:
         """Of a round that is summed: what its updates change on average. Raises LostError when it cannot be made."""
         with self._database.reading() as session:
             plan = ledger.plan_of(session.get_one(Round, round_id))
+        is_masked = plan.kind == "masked"
         try:
-            return self._unmasked(plan) if plan.kind == "masked" else self.collected(round_id).total.mean()
+            return self._unmasked(plan) if is_masked else self.collected(round_id).total.mean()
         except (LinkError, TrustError, DeltaError) as error:
-            what = "the masks do not come off" if plan.kind == "masked" else f"{plan.rule} cannot be computed"
+            what = f"{plan.rule} cannot be computed"
+            if is_masked:
+                is_odd = isinstance(error, DeltaError)
+                what = "the masked sum is refused" if is_odd else "the masks do not come off"
             raise LostError(f"{what}: {error}", advice=error.advice) from error
 
     def _unmasked(self, plan: RoundPlan) -> Arrays:
         with self._database.reading() as session:
-            circle, told, rebuilt = masked.opened(session, plan.round_id)
+            circle, told, rebuilt = masked.opened(session, plan.round_id, notify.watchdog)
             parts = session.scalars(select(RoundDevice).filter_by(round_id=plan.round_id)).all()
         if rebuilt.wrong_shares:
             log.warning("round %s: wrong shares, (of, told by): %s", plan.round_id, rebuilt.wrong_shares)
@@ -200,7 +216,8 @@ class Intake:
         ]
         opener = self._opener(plan)
         total = opener.sum(_alive(counted))
-        return addable.decode_sum(secure_sum.unmask(total, circle, told, rebuilt), opener.opener.layout)
+        words = secure_sum.unmask(total, circle, told, rebuilt, alive=notify.watchdog)
+        return addable.decode_sum(words, opener.opener.layout, boxes=len(told.active))
 
     def _opener(self, plan: RoundPlan) -> MaskedCollection:
         """Raises LostError."""

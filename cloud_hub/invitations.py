@@ -7,6 +7,7 @@ Source: ARCHITECTURE.md, "Rounds"; the box's end is edge_agent/invitations.py.
 
 import logging
 import secrets
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,14 +16,14 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from cloud_hub import masked
+from cloud_hub import masked, secure_sum
 from cloud_hub.config import Config
 from cloud_hub.database import Certificate, Device, Release, Round, RoundDevice
 from cloud_hub.ledger import active_round
 from cloud_hub.rollout import Stage
 from cloud_hub.rounds import Member, State
 from fleet_link import messages, sealing
-from fleet_link.errors import SiteError
+from fleet_link.errors import LinkError, SiteError
 from fleet_link.messages import COHORT, RoundPlan, Rule
 from models import round_layout
 from models.bundle import SUFFIX, read_manifest
@@ -48,12 +49,15 @@ def start_round(
     min_devices: int,
     deadline_s: float,
     noise: float,
+    share: float,
     devices: Sequence[str] | None,
     now: float,
 ) -> str:
     """Store a round over the newest release that everybody may run and give its id; `devices` None: every enrolled one.
 
-    `noise`: standard deviation of what the boxes add to the sum, over the clip norm; masked rounds only.
+    `noise`: standard deviation of what the boxes add to the sum, over the clip norm. `share`: of all weights but heads and
+    norms, those the boxes train and send; below 1 the plan's learning rate is the given one times
+    round_layout.rate_factor. Both in masked rounds only.
     Raises SiteError when a round is on, or when this one could not end well.
     """
     active = active_round(session)
@@ -62,7 +66,7 @@ def start_round(
             f"round {active.round_id} is on ({active.state})",
             advice=f"wait for its end: fleet round list; or end it: fleet round drop {active.round_id}",
         )
-    _check_kind(kind, rule, noise)
+    _check_kind(kind, rule, noise, share)
     base = _base(session)
     _check_trainable(config.paths.releases / f"{base.bundle_digest}{SUFFIX}")
     invited = _invited(session, devices)
@@ -71,6 +75,8 @@ def start_round(
     elif rule != "fedavg":
         min_devices = max(min_devices, ROBUST_MIN)
     _check_count(len(invited), min_devices, kind)
+    if kind == "masked":
+        _check_fits(session, invited)
     plan = RoundPlan(
         message_id=secrets.token_hex(16),
         round_id=_new_id(session),
@@ -87,7 +93,7 @@ def start_round(
         deadline_unix_s=now + deadline_s,
     )
     if kind == "masked":
-        plan = _with_sum(plan, config, invited=len(invited), min_cohort=min_devices, noise=noise)
+        plan = _with_sum(_with_share(plan, share), config, invited=len(invited), min_cohort=min_devices, noise=noise)
     _add_rows(session, plan, invited, min_devices, now)
     if kind == "masked":
         masked.begin(session, plan.round_id, config.rounds.stage_s, now)
@@ -96,7 +102,7 @@ def start_round(
     return plan.round_id
 
 
-def _check_kind(kind: str, rule: Rule, noise: float) -> None:
+def _check_kind(kind: str, rule: Rule, noise: float, share: float) -> None:
     if kind == "masked" and rule != "fedavg":
         raise SiteError(
             f"{rule} needs every box's update by itself, and a masked round shows the sum alone",
@@ -106,6 +112,11 @@ def _check_kind(kind: str, rule: Rule, noise: float) -> None:
         raise SiteError(
             "only a masked round adds noise: in an open one the hub reads each update before any is added",
             advice="leave --noise out, or leave --unsafe-open out",
+        )
+    if kind != "masked" and share != 1.0:
+        raise SiteError(
+            "only a masked round trains a share of the weights: an open one sends them all in 8 bits each",
+            advice="leave --share out, or leave --unsafe-open out",
         )
 
 
@@ -121,6 +132,28 @@ def _check_count(invited: int, needed: int, kind: str) -> None:
             f"{invited} devices are invited, a masked round has room for {COHORT}",
             advice="name the boxes with --device and make two rounds of them",
         )
+
+
+def _check_fits(session: Session, invited: Sequence[str]) -> None:
+    """Else the round would end as soon as all have sent their keys."""
+    rows = session.execute(select(Certificate.device, Certificate.pem).where(Certificate.device.in_(invited))).all()
+    sizes = dict.fromkeys(invited, 0)
+    for device, certificate in rows:
+        sizes[device] = max(sizes[device], len(ssl.PEM_cert_to_DER_cert(certificate)))
+    try:
+        secure_sum.check_fits(sizes)
+    except LinkError as error:
+        raise SiteError(
+            f"{len(invited)} devices are invited: {error}",
+            advice="name fewer boxes with --device and make two rounds of them: long device names leave less room",
+        ) from error
+
+
+def _with_share(plan: RoundPlan, share: float) -> RoundPlan:
+    if share == 1.0:
+        return plan
+    rate = min(1.0, plan.learning_rate * round_layout.rate_factor(share))
+    return msgspec.structs.replace(plan, share=share, learning_rate=rate)
 
 
 def _with_sum(plan: RoundPlan, config: Config, *, invited: int, min_cohort: int, noise: float) -> RoundPlan:

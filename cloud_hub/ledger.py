@@ -73,20 +73,21 @@ def advance(session: Session, row: Round, event: Event, now: float) -> bool:
 
 
 def _advance_once(session: Session, row: Round, event: Event, now: float) -> rounds.Round:
-    parts = session.scalars(select(RoundDevice).filter_by(round_id=row.round_id)).all()
+    states = session.execute(select(RoundDevice.device, RoundDevice.state).filter_by(round_id=row.round_id)).all()
     before = rounds.Round(
         state=State(row.state),
         deadline_unix_s=row.deadline,
         min_devices=row.min_devices,
-        members={part.device: Member(part.state) for part in parts},
+        members={device: Member(state) for device, state in states},
         revoked=_revoked(session, row.round_id),
         candidate_digest=row.candidate_digest or "",
         reason=row.reason,
         masked=masked.facts(session, row.round_id),
     )
     after, _ = rounds.advance(before, event, now)
-    for part in parts:
-        if part.state != after.members[part.device]:
+    for device, member in after.members.items():
+        if member is not before.members[device]:
+            part = session.get_one(RoundDevice, (row.round_id, device))
             _store_member(session, part, before, after, now)
             if part.state == Member.LEFT and isinstance(event, rounds.Settled):
                 part.reason = _why_left(before, part.device)

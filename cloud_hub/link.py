@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.1
 BUSY_S = 0.02
 MAX_TAKEN = 256  # messages before anything else gets its turn
+AT_ONCE = 0.0  # when to tell a device what it has not been told yet
+PATIENCE_S = 30.0  # while messages wait here, nothing is said a second time for so long: the answer may be among them
+_COUNTED = ("delivered", "agreed", "unmasked")  # states of a box whose update the hub has acknowledged
 SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message of ours
 
 
@@ -102,32 +105,26 @@ class Link:
 
     def step(self) -> None:
         """Wait a moment for messages; then do what is due."""
-        timeout_s = BUSY_S if self._transfers.is_flowing else IDLE_S
-        for _ in range(MAX_TAKEN):
-            received = self._parts.bus.receive(timeout_s)
-            if received is None:
-                break
-            self.take(received)
-            timeout_s = 0
+        is_behind = self._take_waiting()
         now = self._parts.clock()
         self._trying(self._transfers.receive_due, now)
         if self._parts.intake.has_moved():
-            self._transfers.drop_unwanted()
+            self._transfers.drop_unwanted(now)
             self._owe_everybody(now)
         if self._parts.bus.connected:
             self._trying(self._transfers.send_due, now)
-            self._reconcile_due(now)
+            self._reconcile_due(now, PATIENCE_S if is_behind else 0.0)
 
     def tick(self, round_news: bool) -> None:
         """Every loop_s: rollout decisions; `round_news` when a round began or ended."""
         now = self._parts.clock()
         if round_news:
-            self._transfers.drop_unwanted()
+            self._transfers.drop_unwanted(now)
             self._owe_everybody(now)
         if self._news or round_news:
             self._news = True  # until the decision is made, whatever goes wrong in it
             for device in self._parts.distribution.decide(now):
-                self._owed[device] = now
+                self._owed[device] = AT_ONCE
             self._news = False
 
     def use_identity(self, identity: Identity) -> None:
@@ -143,6 +140,17 @@ class Link:
         self._transfers.close()
 
     # --- from the boxes -------------------------------------------------------------------------------
+
+    def _take_waiting(self) -> bool:
+        """True when there are more than get their turn now."""
+        timeout_s = BUSY_S if self._transfers.is_flowing else IDLE_S
+        for _ in range(MAX_TAKEN):
+            received = self._parts.bus.receive(timeout_s)
+            if received is None:
+                return False
+            self.take(received)
+            timeout_s = 0
+        return True
 
     def take(self, received: Received) -> None:
         """One message or chunk. What is wrong with it is a refusal that the operator can see, never more."""
@@ -226,15 +234,15 @@ class Link:
             recent = session.scalars(
                 select(Device.device).where(Device.last_seen_at > since, Device.revoked_at.is_(None))
             ).all()
-        self._owed.update(dict.fromkeys(recent, now))
+        self._owed.update(dict.fromkeys(recent, AT_ONCE))
 
-    def _reconcile_due(self, now: float) -> None:
+    def _reconcile_due(self, now: float, patience_s: float) -> None:
         resend_s = self._parts.config.rollout.resend_s
         # Due later than a resend away: the clock went back.
-        for device in [device for device, due_at in self._owed.items() if not 0.0 < due_at - now <= resend_s]:
+        for device in [d for d, due_at in self._owed.items() if not -patience_s < due_at - now <= resend_s]:
             missing = self._missing(device, now)
-            for message in missing:
-                self._say(device, message)
+            if not all(self._publish(device, message) for message in missing):
+                return  # the way out is full: the next step goes on here
             if missing:
                 self._owed[device] = now + resend_s
             else:
@@ -270,10 +278,14 @@ class Link:
         self._say(device, Receipt(message_id=_id(), of=of, accepted=accepted, reason=reason[:500]))
 
     def _say(self, device: str, message: AnyMessage) -> None:
-        """Lost while a box is away: whatever matters is said again."""
+        """Lost while a box is away or the way out is full: whatever matters is said again."""
+        self._publish(device, message)
+
+    def _publish(self, device: str, message: AnyMessage) -> bool:
+        """False when the bus does not take it now."""
         parts = self._parts
         sealed = envelope.seal(self._identity, device, message, sequence=self._sequence.next(), now=parts.clock())
-        parts.bus.publish_message(Topic(Direction.DOWN, device, Channel.MESSAGE), sealed)
+        return parts.bus.publish_message(Topic(Direction.DOWN, device, Channel.MESSAGE), sealed)
 
     def _reserve(self, highest: int) -> None:
         with self._parts.database.writing() as session:
@@ -314,7 +326,7 @@ def _of_round(session: Session, active: Round, part: RoundDevice, status: RoundS
         return [plan_of(active)]
     if part.state == Member.LEFT and status is not None and status.state not in ("closed", "declined"):
         return [_dropped(active.round_id, part.reason)]
-    if part.state == Member.SHARED and status is not None and status.state in ("training", "uploading", "delivered"):
+    if part.state == Member.SHARED and status is not None and status.state in ("training", "uploading"):
         return []  # it has heard whom to mask against, and is at it
     owed = masked.owed(session, active.round_id, State(active.state), part.device, Member(part.state), _id())
     return [owed] if owed is not None else []
@@ -324,6 +336,8 @@ def _lacks_plan(active: Round, part: RoundDevice, status: RoundStatus | None) ->
     """Not answered; or joined, but its box has lost the round, or has delivered what a restored hub has lost."""
     if State(active.state) not in COLLECTING:
         return False
+    if part.state == Member.SHARED:  # masked: the box offers its update again
+        return status is not None and status.state in _COUNTED
     return part.state == Member.INVITED or (
         part.state == Member.JOINED and (status is None or status.state == "delivered")
     )

@@ -71,7 +71,7 @@ class Transfers:
         if incoming is not None:
             incoming.on_offer()
             return
-        action, reason = self._intake.judge_update(device, offer)
+        action, reason = self._intake.judge_update(device, offer, now)
         if action == "refuse":
             self._refuse(device, offer, reason, now)
         elif action == "done":
@@ -108,10 +108,10 @@ class Transfers:
             received = int.from_bytes(incoming.bitmap, "little").bit_count() * incoming.offer.chunk_bytes
             self._note(device, incoming.offer, "in", min(received, incoming.offer.size), now)
 
-    def drop_unwanted(self) -> None:
+    def drop_unwanted(self, now: float) -> None:
         """After a round's end: what is still coming in for it goes; its box is told that the round is closed."""
         for (device, transfer_id), incoming in list(self._incoming.items()):
-            if self._intake.judge_update(device, incoming.offer)[0] != "take":
+            if self._intake.judge_update(device, incoming.offer, now)[0] != "take":
                 self._incoming.pop((device, transfer_id)).drop()
 
     def _open(self, device: str, offer: TransferOffer, now: float) -> None:

@@ -175,6 +175,7 @@ def _round(row: Round, states: Counter[str], release_version: int | None, came: 
         "deadline": row.deadline,
         "device_states": dict(states),
         "noise": plan.noise,
+        "share": plan.share,
         "min_cohort": plan.min_cohort if plan.kind == "masked" else None,
         "came": {name: came[name] for name in (STAGES_OF_MASKED if plan.kind == "masked" else ("updates",))},
     }

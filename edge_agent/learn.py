@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import secrets
 import sqlite3
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from edge_agent.evaluation import Evaluation
 from fleet_link.errors import SiteError
 from fleet_link.files import write_durably
 from fleet_link.messages import RoundPlan
+from fleet_link.sealing import plan_digest
 from models.bundle import Bundle
 from models.errors import VolumeError
 from models.preprocess import Volume, prepare
@@ -194,7 +196,11 @@ def train(plan: RoundPlan, base: Bundle, folder: Path, learning: Learning, stopp
     command = [*GUARD, "nice", "-n", str(learning.nice), sys.executable, "-P", "-m", "models.training", "finetune"]
     command += ["--bundle", str(base.path), "--examples", str(folder), "--out", str(out)]
     command += ["--epochs", str(plan.epochs), "--lr", str(plan.learning_rate), "--trainable", plan.trainable]
-    command += ["--seed", str(plan.seed), "--threads", str(learning.threads)]
+    # The seed of a masked round's training is the box's own: two rounds of one plan must not give the same update.
+    seed = secrets.randbelow(1 << 31) if plan.kind == "masked" else plan.seed
+    command += ["--seed", str(seed), "--threads", str(learning.threads)]
+    if plan.share < 1.0:
+        command += ["--share", str(plan.share), "--share-seed", plan_digest(plan).hex()]
     run_child(command, folder, learning.timeout_s, stopped)
     return read_trained(out, base)
 

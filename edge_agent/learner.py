@@ -115,7 +115,9 @@ class Learner:
             self._retry_at[of.round_id] = time.monotonic() + RETRY_S
             self._hold_up(db, of.round_id, _of_site(error))
             return
-        ledger.apply(db, self._data_dir, of.round_id, Event.SEALED, self._clock(), outcome)
+        state = ledger.apply(db, self._data_dir, of.round_id, Event.SEALED, self._clock(), outcome)
+        if state is not State.UPLOADING and outcome.update_path:  # the round ended meanwhile
+            (self._data_dir / outcome.update_path).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _hold_up(self, db: sqlite3.Connection, round_id: str, error: SiteError) -> None:

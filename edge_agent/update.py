@@ -56,6 +56,7 @@ def to_words(before: Weights, after: Weights, plan: RoundPlan, examples: int) ->
         names = delta.trainable_names(before, plan.trainable)
         change = delta.subtract(after, before, names)
         layout = round_layout.layout_of(plan, sealing.plan_digest(plan), {name: before[name].shape for name in names})
+        layout.drawn.check_alone(change)
         weight_share = round_layout.weight_share(examples, plan)
         words, _ = addable.encode(change, layout, weight_share, np.random.default_rng())  # the system's randomness
     except DeltaError as error:

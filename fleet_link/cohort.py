@@ -115,7 +115,7 @@ def ring(everyone: Roster) -> list[str]:
     """The names in the order of a hash over the cohort digest, so it is fixed only once everybody's keys are.
 
     A hash is no beacon: a hub in league with boxes can try many keys for them, and so many rings. It reads a box only if
-    two thirds of that box's neighbours are in league with it (threshold); up to 33 boxes there is no ring to choose.
+    13 of that box's 32 neighbours are in league with it (threshold); up to 33 boxes there is no ring to choose.
     """
     seed = digest(everyone)
     return sorted(everyone.names, key=lambda name: hashlib.sha256(bound("ring", seed, name)).digest())
@@ -124,7 +124,8 @@ def ring(everyone: Roster) -> list[str]:
 def threshold(neighbours: int) -> int:
     """So many of a box's neighbours rebuild a secret of it, and so many must sign the survivors.
 
-    Above two thirds: the hub cannot gather it twice, for two lists, unless a third of the neighbours help it.
+    Above two thirds: an honest box helps one list of survivors only, so to gather it twice, for both secrets of a box by two
+    lists, 2·threshold - neighbours + 1 of its neighbours must be in league with the hub: more than a third, 13 of 32.
     """
     return 2 * neighbours // 3 + 1
 

@@ -92,7 +92,7 @@ class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     word_bits: Literal[16, 32] = 32  # masked: the sum is modulo 2^word_bits
     value_bits: Annotated[int, Meta(ge=4, le=16)] = 16  # masked: of one box's values, as models.addable has them
     boxes_max: Annotated[int, Meta(ge=1, le=COHORT)] = COHORT  # masked: so many boxes at most stand in one sum
-    share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # masked: of the coordinates, those this round moves
+    share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # masked: of all weights but heads and norms, those trained
     examples_cap: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 1000  # masked: more examples than these weigh no more
     noise: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0  # masked: multiplier, as models.layout has it; 0 is none
     noise_boxes: Annotated[int, Meta(ge=0, le=COHORT)] = 0  # masked: so many honest boxes' noise makes it up

@@ -30,6 +30,7 @@ from models.network import Hybrid
 from models.objective import Objective, heldout_loss
 from models.parallel import ALONE, Parallel
 from models.privacy import Privacy, PrivateSteps, Spent, noise_multiplier, secret_generator, torch_generator
+from models.restricted import Others
 
 _GRADIENT_NORM = 1.0
 
@@ -41,6 +42,8 @@ class TrainingPlan:
     batch: int
     seed: int
     trainable: Trainable = "all"
+    share: float = 1.0  # of the weights but heads and norms, those that move, as models.drawn has it
+    share_seed: bytes = b""  # what draws them; public
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the steps
     augmentation: Augmentation = NONE
@@ -90,7 +93,8 @@ def train(
     With `patience`, what is kept are the weights with the lowest loss on `heldout`. With `checkpoint`, each epoch is kept
     there and a later call goes on after it; the file is removed by the caller. With `privacy`, no two runs are equal.
     Raises ModelError for weights that are not finite at the end, for a checkpoint of another plan, other examples or other
-    weights, for processes that were given different ones, and for what a privacy budget does not allow.
+    weights, for processes that were given different ones, for what a privacy budget does not allow, and for a share of
+    adapters.
     """
     _check_private(plan, parallel)
     identity = _identity(network, examples, plan) if checkpoint is not None or parallel.processes > 1 else ""
@@ -127,6 +131,7 @@ class _Run:
         network.to(self._device, memory_format=layout)
         self._adapted = Adapted(network, plan.rank, plan.seed) if plan.trainable == "adapters" else None
         self._parameters = self._choose_parameters()
+        self._others = Others(network, plan.trainable, plan.share, plan.share_seed) if plan.share < 1.0 else None
         self._start = [parameter.detach().clone() for parameter in self._parameters] if plan.proximal else []
         self._optimizer = torch.optim.AdamW(_decayed(self._parameters, plan.weight_decay), lr=plan.learning_rate)
         self._spent_s = 0.0
@@ -195,6 +200,8 @@ class _Run:
             self._network.load_state_dict(self._mean.module.state_dict())
         if self._adapted is not None:
             self._adapted.merge()
+        if self._others is not None:
+            self._others.let_go()
         self._network.requires_grad_(True)
         self._network.to("cpu", memory_format=torch.contiguous_format)
         return self._private.spent(fitted.steps) if self._private is not None else None
@@ -272,6 +279,8 @@ class _Run:
 
     def _change_weights(self) -> None:
         self._optimizer.step()
+        if self._others is not None:
+            self._others.put_back()
         if self._mean is not None:
             self._mean.update_parameters(self._network)
 

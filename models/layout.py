@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models import noise
+from models.drawn import PLAN_ADVICE, Drawn
 from models.errors import DeltaError
 
 WEIGHT_LEVELS = 255  # a weight share is a whole number of 255ths, at least one
 MIN_VALUE_BITS, MAX_VALUE_BITS = 4, 16
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-9, 1e9  # a step stays a normal float32
-MIN_SEED_BYTES = 8
 MAX_NOISE = 1000.0
 FLOAT32_ERROR = 4e-6  # of the clip norm: rotating there and back, relative error of sums of 2^12 terms
-PLAN_ADVICE = "correct the round's plan"
 _FINER = 0.95  # levels are made coarser by so much at a time until the noise fits
 _NOISE_ROOM = 0.75  # of a word: a mask that did not cancel shows as a value beyond
 
@@ -50,7 +50,7 @@ class Layout:
     """What both sides know of a round's words. Raises DeltaError where it cannot be.
 
     seed: the round's own and public, e.g. its plan's digest. clip_norm: L2 limit of one box's delta.
-    boxes: at most so many in one sum. share: part of the coordinates this round moves, 0 < share <= 1.
+    boxes: at most so many in one sum. share: of the weights but heads and norms, those this round moves (models.drawn).
     noise: standard deviation of what `noise_boxes` boxes add to a value of the sum, over the largest norm of one box's
     values. More boxes add more, and the sum still fits: all but a chance of noise.OVERFLOW, where it decodes to nonsense.
     """
@@ -71,12 +71,7 @@ class Layout:
             raise DeltaError(f"values of {self.value_bits} bits, not {MIN_VALUE_BITS} to {fits}", advice=PLAN_ADVICE)
         if not MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM:
             raise DeltaError(f"clip norm {self.clip_norm}, not {MIN_CLIP_NORM} to {MAX_CLIP_NORM}", advice=PLAN_ADVICE)
-        if not 0.0 < self.share <= 1.0:
-            raise DeltaError(f"a share of {self.share}, not above 0 and at most 1", advice=PLAN_ADVICE)
-        if len(self.seed) < MIN_SEED_BYTES:
-            raise DeltaError(f"a seed of {len(self.seed)} bytes, not {MIN_SEED_BYTES}", advice=PLAN_ADVICE)
-        if any(length < 0 for shape in self.shapes.values() for length in shape) or self.size < 1:
-            raise DeltaError("there is no weight to send", advice=PLAN_ADVICE)
+        _ = self.drawn  # refuses a share, a seed or shapes that cannot be
         if not 0.0 <= self.noise <= MAX_NOISE or not bool(self.noise) <= self.noise_boxes <= self.boxes:
             raise DeltaError(f"noise {self.noise} of {self.noise_boxes} among {self.boxes} boxes", advice=PLAN_ADVICE)
         if self.noise and self.clip_levels**2 < self.padded:
@@ -86,18 +81,26 @@ class Layout:
             )
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.shapes))
+    def drawn(self) -> Drawn:
+        return Drawn(self.shapes, self.seed, self.share)
 
-    @cached_property
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.drawn.names
+
+    @property
     def size(self) -> int:
         """Coordinates of the delta, and of the memory."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return self.drawn.size
 
-    @cached_property
+    @property
     def chosen(self) -> int:
         """Coordinates this round moves."""
-        return max(1, round(self.share * self.size))
+        return self.drawn.chosen
+
+    @property
+    def places(self) -> NDArray[np.int64] | slice:
+        return self.drawn.places
 
     @cached_property
     def block(self) -> int:
@@ -161,8 +164,8 @@ class Layout:
 
     @property
     def _spread(self) -> float:
-        """Of a rotated coordinate of a delta at the clip norm, over that norm."""
-        return math.sqrt(self.chosen / self.size / self.padded)
+        """Of a rotated coordinate of a delta at the clip norm, over that norm: all of it is in the chosen coordinates."""
+        return math.sqrt(1.0 / self.padded)
 
     def _levels_at(self, norm: float) -> int:
         return math.ceil(self.spreads * self._spread * norm)

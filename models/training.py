@@ -112,6 +112,8 @@ def _plan(options: argparse.Namespace) -> TrainingPlan:
         batch=options.batch,
         seed=options.seed,
         trainable=options.trainable,
+        share=options.share,
+        share_seed=options.share_seed,
         warmup=options.warmup,
         augmentation=SITE,
         averaging=options.averaging,
@@ -222,6 +224,15 @@ def _add_scope(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all weights; the heads alone; norms and heads; or low-rank adapters of the transformer and heads (all)",
     )
+    scope.add_argument(
+        "--share",
+        type=_part,
+        default=1.0,
+        help="of the weights but heads and norms, train these alone and leave the others as they are, to the bit (1)",
+    )
+    scope.add_argument(
+        "--share-seed", type=bytes.fromhex, default=b"", metavar="HEX", help="what draws them: 8 bytes at least"
+    )
     scope.add_argument("--rank", type=_count, default=8, help="of the adapters (8)")
     scope.add_argument(
         "--proximal", type=_weight, default=0.0, help="weight of the pull to the bundle's weights, FedProx's mu (0)"
@@ -283,6 +294,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def _part(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
 
 

@@ -1,14 +1,13 @@
-"""The bench of bytes: what it counts, and that a site moves only what its round chose. Not its figures."""
+"""The bench of bytes: what it counts, and that what sites train is what arrives. Not its figures."""
 
 import numpy as np
 import pytest
 
 from benchmarks import bytes as bench
-from benchmarks import exchanges
 from benchmarks.bytes import FEDAVG
-from benchmarks.exchanges import Arm
-from models import addable
-from models.layout import Layout
+from benchmarks.exchanges import Arm, exchange_of
+from benchmarks.network.federated import SITES
+from models.drawn import Drawn
 
 
 def row(scene: str, arm: Arm, seed: int, accuracy: float, size: float) -> dict[str, object]:
@@ -42,40 +41,30 @@ def test_differences_are_taken_seed_by_seed_and_the_goal_is_judged() -> None:
     assert missed["goal"] == "missed: bytes: below 200 ×, accuracy"
 
 
-def test_what_is_chosen_is_what_the_sum_moves() -> None:
-    layout = Layout({"a": (5, 7), "b": (11,)}, b"12345678", 1.0, 2, 32, 16, 0.25)
-    change = {"a": np.full((5, 7), 0.1, np.float32), "b": np.full(11, -0.1, np.float32)}
-    words, _ = addable.encode(change, layout, 1.0, np.random.default_rng(0))
-    moved = addable.decode_sum(words, layout)
-    chosen = exchanges.chosen_of(layout)
-    assert sum(int(value.sum()) for value in chosen.values()) == layout.chosen
-    for name, value in moved.items():
-        np.testing.assert_array_equal(value != 0, chosen[name] == 1)
+SHAPES = {"body": (5, 7), "head.bias": (11,)}
 
 
-@pytest.mark.slow
-def test_a_site_moves_only_what_its_round_chose() -> None:
-    import torch
+@pytest.mark.parametrize(
+    "arm",
+    [
+        Arm("addable", share=0.25, value_bits=12, word_bits=16, trains_chosen=True),
+        Arm("sparse", share=0.25, value_bits=3, trains_chosen=True),
+    ],
+)
+def test_what_sites_train_is_what_arrives(arm: Arm) -> None:
+    exchange = exchange_of(arm, SHAPES, seed=0)
+    drawn = Drawn(SHAPES, exchange.begin(0), arm.share)
+    change = {name: np.where(mask, np.float32(0.01), 0) for name, mask in drawn.masks().items()}
+    sent = [exchange.send(site, change, 1.0) for site in range(SITES)]
+    assert len(set(sent)) == 1
+    for name, value in exchange.mean().items():
+        assert value[drawn.masks()[name]] == pytest.approx(0.01, abs=1e-3)
+        assert not value[~drawn.masks()[name]].any()
+    assert (drawn.chosen, exchange.begin(1) != drawn.seed) == (9 + 11, True)
 
-    from models.examples import Example
-    from models.fitting import TrainingPlan, train
-    from models.network import NANO, Hybrid, config_of
-    from models.restore import weights_of
-    from models.tasks import INPUTS, TASKS
 
-    torch.manual_seed(0)
-    network = Hybrid(config_of(NANO, TASKS, INPUTS))
-    before = weights_of(network)
-    names = [name for name in before if name.startswith("stem")]
-    movable = {name: np.zeros_like(before[name]) for name in names}
-    movable["stem.conv.weight"][0] = 1.0
-    side = INPUTS[0].size
-    noise = np.random.default_rng(0).normal(size=(4, 1, side, side)).astype(np.float16)
-    examples = [Example(each, TASKS[0], k % 2) for k, each in enumerate(noise)]
-    with bench._restricted(network, movable):
-        train(network, examples, TrainingPlan(1, 1e-2, 2, 0, weight_decay=0.0), lambda epoch, loss: None)
-    after = weights_of(network)
-    for name in names:
-        np.testing.assert_array_equal((after[name] != before[name]) & (movable[name] == 0), False)
-    assert (after["stem.conv.weight"][0] != before["stem.conv.weight"][0]).any()
-    assert (after["head.weight"] != before["head.weight"]).any()
+def test_where_sites_train_all_the_share_is_taken_afterwards() -> None:
+    exchange = exchange_of(Arm("addable", share=0.25, value_bits=12, word_bits=16), SHAPES, seed=0)
+    assert exchange.begin(0) == b""
+    exchange.send(0, {name: np.full(shape, 0.01, np.float32) for name, shape in SHAPES.items()}, 1.0)
+    assert np.count_nonzero(exchange.mean()["body"]) == 9

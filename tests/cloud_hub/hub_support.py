@@ -21,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud_hub import ca, config, database, https, registry, releases
 from cloud_hub.api import create_app
@@ -210,16 +211,16 @@ class Peer:
         self.published: dict[int, int] = {}
         self.connected = False
         self.disconnects = 0
-        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv5)
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv5)
         self.client.tls_set(
             str(ca_path),
-            certificate and str(certificate),
-            key and str(key),
+            str(certificate) if certificate else None,
+            str(key) if key else None,
             tls_version=ssl.PROTOCOL_TLS_CLIENT,
         )
         self.client.on_connect = self._on_connect
         self.client.on_disconnect = self._on_disconnect
-        self.client.on_message = lambda _c, _u, message: self.received.append((message.topic, message.payload))
+        self.client.on_message = lambda _c, _u, message: self.received.append((message.topic, bytes(message.payload)))
         self.client.on_subscribe = lambda _c, _u, _mid, codes, _p: self.subscribed.append([c.value for c in codes])
         self.client.on_publish = lambda _c, _u, mid, code, _p: self.published.__setitem__(mid, code.value)
         self.client.connect("127.0.0.1", port)
@@ -347,12 +348,12 @@ def seed_fleet(files: HubFiles, *, now: float) -> None:
                 )
             )
         session.flush()
-        for version, round_id, state in ((1, None, "everyone"), (2, "round-1", "canary")):
+        for version, of_round, state in ((1, None, "everyone"), (2, "round-1", "canary")):
             session.add(
                 database.Release(
                     release_version=version,
                     bundle_digest=digests[version],
-                    round_id=round_id,
+                    round_id=of_round,
                     path=f"releases/{digests[version]}.bundle",
                     size=4_300_000,
                     created_at=now - 90000 / version,

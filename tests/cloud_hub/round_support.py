@@ -116,7 +116,7 @@ class RoundHub:
 
     def start(self, **changes: object) -> RoundPlan:
         wish: dict[str, object] = {
-            "kind": "unsafe_open", "rule": "fedavg", "noise": 0.0, "trainable": "heads", "epochs": 1, "learning_rate": 0.01,
+            "kind": "unsafe_open", "rule": "fedavg", "noise": 0.0, "share": 1.0, "trainable": "heads", "epochs": 1, "learning_rate": 0.01,
             "clip_norm": 10.0, "min_examples": 1, "min_devices": 2, "deadline_s": 3600.0, "devices": None,
             "now": self.now, **changes,
         }  # fmt: skip

@@ -377,7 +377,7 @@ def test_large_update_is_refused_before_it_travels(hub: RoundHub) -> None:
     hub.join("a")
     offer, _ = hub.offer("a", hub.boxes["a"].seal(plan, 0.01))
     huge = msgspec.structs.replace(offer, size=hub.intake.update_bytes_max(hub.round_id) + 1)
-    action, reason = hub.intake.judge_update("a", huge)
+    action, reason = hub.intake.judge_update("a", huge, hub.now)
     assert (action, "at most" in reason) == ("refuse", True)
 
 
@@ -407,7 +407,7 @@ def test_uninvited_declined_and_late_updates_are_refused(hub: RoundHub) -> None:
     plan = hub.start(devices=["a", "b"])
     blob = hub.boxes["c"].seal(plan, 0.01)
     assert hub.deliver("c", blob) == f"c is not invited to a round {hub.round_id}"
-    assert hub.intake.judge_update("a", hub.offer("a", blob)[0])[0] == "wait"  # its answer is on its way
+    assert hub.intake.judge_update("a", hub.offer("a", blob)[0], hub.now)[0] == "wait"  # its answer is on its way
     hub.join("a", joins=False, reason="no time")
     assert hub.deliver("a", blob) == "no time"
     assert hub.round().state == "dropped"

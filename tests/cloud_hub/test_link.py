@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_hub import ledger, registry
+from cloud_hub import ledger, link, registry
 from cloud_hub.database import Certificate, Device, DeviceRelease, Refusal, Transfer
 from cloud_hub.rollout import Stage
 from fleet_link import envelope
@@ -104,6 +104,34 @@ def test_plan_is_said_again_until_it_is_answered(hub: LinkedHub) -> None:
     for _ in range(5):
         hub.step()
     assert len(a.of(RoundPlan)) == 2
+
+
+def test_what_the_bus_did_not_take_is_owed_at_once(hub: LinkedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = hub.boxes["a"]
+    a.heartbeat()
+    hub.until(lambda: device(hub, "a").heartbeat)
+    with monkeypatch.context() as full:
+        full.setattr(hub.bus, "publish_message", lambda topic, payload: False)
+        hub.rounds.start()
+        for _ in range(3):
+            hub.step()
+        assert not hub.link._owed["a"] > time.time()  # not put off by resend_s
+    hub.until(lambda: a.of(RoundPlan))
+    assert hub.link._owed["a"] > time.time()
+
+
+def test_nothing_is_said_again_while_messages_wait(hub: LinkedHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = hub.boxes["a"]
+    a.heartbeat()
+    hub.rounds.start()
+    hub.until(lambda: a.of(RoundPlan))
+    monkeypatch.setattr(link, "MAX_TAKEN", 0)  # as if more had come than get their turn
+    hub.link._owed["a"] = time.time() - 1.0
+    for _ in range(5):
+        hub.step()
+    assert len(a.of(RoundPlan)) == 1
+    hub.link._owed["a"] = time.time() - link.PATIENCE_S
+    hub.until(lambda: len(a.of(RoundPlan)) == 2)
 
 
 def test_hub_restarted_in_mid_round_goes_on(hub: LinkedHub) -> None:

@@ -1,6 +1,7 @@
 """Masked rounds on disk: the whole way to the last bit, who drops out where, kill -9, revocation, and what is refused."""
 
 import logging
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,12 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cloud_hub import ledger, masked, registry, views
 from cloud_hub.database import MaskedPart, MaskedRound, Refusal
 from cloud_hub.rounds import COLLECTING, Member, State
+from cloud_hub.transfers import Transfers
 from edge_agent import masking as box
-from fleet_link import sealing
+from fleet_link import notify, sealing
 from fleet_link.errors import SiteError
 from fleet_link.messages import (
     AnyMessage,
@@ -24,11 +27,12 @@ from fleet_link.messages import (
     RoundPlan,
     Shares,
     SurvivorsSigned,
+    TransferReceipt,
     Unmask,
 )
-from models import delta
+from models import delta, round_layout
 from models.bundle import SHIPPED, read_bundle
-from tests.cloud_hub.masked_twin import IDS, MaskedTwin, layout_of, plain_mean
+from tests.cloud_hub.masked_twin import EXAMPLES, IDS, MaskedTwin, layout_of, plain_mean
 from tests.cloud_hub.round_support import RoundHub, failing_export, make_round_hub, needs_bundle
 
 pytestmark = [needs_bundle, pytest.mark.slow]
@@ -141,6 +145,20 @@ def test_what_is_released_is_the_plain_mean_to_the_last_bit(house: House, restar
     house.play("summed")
     assert house.facts() == ("summed", ["unmasked"] * 5)
     house.check_release(plan, "abcde")
+
+
+def test_a_round_of_a_share_releases_what_its_plan_draws_and_nothing_else(house: House) -> None:
+    house.restarts = True
+    plan = house.start(trainable="all", share=0.033)
+    house.play("summed")
+    house.check_release(plan, "abcde")
+    layout = layout_of(plan)
+    before = read_bundle(SHIPPED).weights
+    after = read_bundle(house.hub.repository.bundle_path(str(house.hub.round().candidate_digest))).weights
+    masks = layout.drawn.masks()
+    assert not any((after[name] != before[name])[~mask].any() for name, mask in masks.items())
+    assert sum(np.count_nonzero(after[name] != before[name]) for name in masks) > 0.99 * layout.chosen
+    assert 4 * layout.size / len(house.said["a", UPDATE]) > 48  # the sealed file: words, envelope, certificate
 
 
 def test_plan_says_what_the_sum_looks_like(house: House) -> None:
@@ -577,6 +595,62 @@ def test_update_of_another_length_is_refused_and_its_box_counts_as_dropped_out(h
     house.check_release(plan, "bcde")
 
 
+class Cheat(MaskedTwin):
+    """All levels as high as they go, under a weight of its own choice."""
+
+    weight: int = 1
+
+    def encoded(self, plan: RoundPlan) -> NDArray[np.unsignedinteger]:
+        layout = layout_of(plan)
+        words = np.full(layout.word_count, layout.levels, layout.word_type)
+        words[0] = self.weight % 2**plan.word_bits
+        return words
+
+
+@pytest.mark.parametrize(
+    ("weight_in_all", "reason"),
+    [(None, r"a mean of norm \d.*, and honest boxes give 10\.\d* at most"), (4, "a sum of weight 4")],
+)
+def test_sum_that_honest_boxes_cannot_have_drops_the_round(
+    house: House, weight_in_all: int | None, reason: str
+) -> None:
+    plan = house.start()
+    cheat = house.twins["e"] = Cheat(house.hub.boxes["e"].identity, house.hub.trust)
+    if weight_in_all is not None:
+        cheat.weight = weight_in_all - 4 * round(255 * round_layout.weight_share(EXAMPLES, plan))
+    house.play("summed")
+    assert re.fullmatch(f"the masked sum is refused: {reason}", house.hub.tick_until("dropped").reason)
+    assert house.hub.release(2) is None
+
+
+def test_watchdog_is_told_while_the_masks_come_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.start()
+    house.play("summed")
+    told: list[str] = []
+    monkeypatch.setattr(notify, "watchdog", lambda: told.append("alive"))
+    house.hub.intake.mean(house.hub.round_id)
+    assert len(told) == 5 + 5 + 1  # secrets, updates, one pass over the words
+
+
+def test_offer_to_a_round_whose_base_is_lost_ends_it_and_is_refused(house: House) -> None:
+    plan = house.start()
+    house.withhold(UPDATE, *"abcde")
+    house.play("agreeing")
+    house.hub.repository.bundle_path(plan.base_digest).write_bytes(b"rotten")
+    house.hub.restart()
+    hub, answers = house.hub, list[AnyMessage]()
+    moving = Transfers(
+        hub.files.config, hub.files.database, hub.intake, lambda device, said: answers.append(said), lambda *_: True
+    )
+    offer, _ = hub.offer("a", b"sealed")
+    moving.on_offer("a", offer, hub.now)
+    (receipt,) = answers
+    assert isinstance(receipt, TransferReceipt)
+    assert (receipt.accepted, receipt.reason) == (False, f"round {plan.round_id} is over")
+    assert "base" in hub.round().reason
+    assert hub.round().state == "dropped"
+
+
 def test_update_that_is_too_large_is_refused_before_it_travels(house: House) -> None:
     plan = house.start()
     house.withhold(UPDATE, "a")
@@ -585,14 +659,17 @@ def test_update_that_is_too_large_is_refused_before_it_travels(house: House) -> 
     exact = layout_of(plan).word_count * plan.word_bits // 8
     assert exact < limit <= exact + 16 * 1024
     offer, _ = house.hub.offer("a", bytes(limit + 1))
-    assert house.hub.intake.judge_update("a", offer) == ("refuse", f"{limit + 1} bytes, at most {limit} are taken")
+    assert house.hub.intake.judge_update("a", offer, house.hub.now) == (
+        "refuse",
+        f"{limit + 1} bytes, at most {limit} are taken",
+    )
 
 
 def test_update_is_waited_with_until_the_shares_are_forwarded(house: House) -> None:
     house.start()
     house.play("sharing")
     offer, _ = house.hub.offer("a", b"sealed")
-    assert house.hub.intake.judge_update("a", offer) == ("wait", "")
+    assert house.hub.intake.judge_update("a", offer, house.hub.now) == ("wait", "")
 
 
 def test_update_of_a_box_that_was_left_out_is_refused(house: House) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cloud_hub import registry
+from cloud_hub.database import RoundDevice
 from fleet_link import sealing
 from fleet_link.messages import (
     Cohort,
@@ -126,6 +127,26 @@ def test_box_that_trains_is_not_told_again_whom_to_mask_against(hub: LinkedHub) 
         hub.link._owed["a"] = 0.0
         hub.step()
     assert len(a.of(SharesForwarded)) == heard
+
+
+@pytest.mark.parametrize("box_is", ["delivered", "agreed", "unmasked"])
+def test_hub_that_was_restored_asks_again_for_the_update_it_has_lost(hub: LinkedHub, box_is: str) -> None:
+    plan = hub.rounds.start(kind="masked")
+    twin(hub, "e").withheld.add(bytes)
+    hub.until(lambda: [hub.rounds.member(name).state for name in NAMES].count("delivered") == 4)
+    a = hub.boxes["a"]
+    with hub.database.writing() as session:  # as its backup has it
+        lost = session.get_one(RoundDevice, (plan.round_id, "a"))
+        lost.state, lost.counted_at, lost.update_path = "shared", None, None
+    a.round_state[plan.round_id] = box_is
+    twin(hub, "a").withheld.add(bytes)  # told again whom to mask against, a box that has delivered says nothing
+    a.heartbeat()
+    hub.until(lambda: len(a.of(RoundPlan)) == 2)
+    a.upload(plan.round_id, twin(hub, "a")._sealed)
+    hub.until(lambda: hub.rounds.member("a").state == "delivered")
+    twin(hub, "e").withheld.clear()
+    hub.link._owed["e"] = 0.0
+    check_release(hub, plan, NAMES)
 
 
 def _heartbeat(hub: LinkedHub, name: str) -> str:

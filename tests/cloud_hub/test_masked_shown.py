@@ -1,5 +1,6 @@
 """A masked round as the operator sees it: started by default over the API, its stage and counts in `fleet` and the hub page."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,30 @@ def test_a_round_is_masked_unless_the_danger_is_spelled_out(hub: HttpsHub) -> No
     row = start(hub)
     assert (row["kind"], row["state"], row["min_cohort"], row["min_devices"]) == ("masked", "invited", 3, 3)
     assert row["came"] == dict.fromkeys(views.STAGES_OF_MASKED, 0)
+
+
+def test_share_and_raised_rate_are_shown(hub: HttpsHub) -> None:
+    row = start(hub, share=0.036, learning_rate=0.001)
+    assert (row["share"], row["learning_rate"]) == (0.036, pytest.approx(0.004))
+    assert (start_again(hub, row["round_id"])["share"], row["kind"]) == (1.0, "masked")
+
+
+def start_again(hub: HttpsHub, round_id: str) -> dict[str, Any]:
+    with hub.admin() as admin:
+        assert admin.post(f"/api/v1/rounds/{round_id}/drop", json={}).status_code == 201
+    return start(hub)
+
+
+def test_fleet_orders_a_share(hub: HttpsHub, tmp_path: Path) -> None:
+    paths = hub.config.paths
+    (tmp_path / "fleet.toml").write_text(
+        f'hub = "{hub.config.url}"\ntoken_file = "{paths.admin_token}"\nca = "{paths.ca_certificate}"\n'
+    )
+    words = ["--config", str(tmp_path / "fleet.toml"), "round"]
+    row = json.loads(CliRunner().invoke(fleet_cli.app, [*words, "start", "--share", "0.036", "--json"]).output)
+    assert (row["share"], row["learning_rate"]) == (0.036, pytest.approx(4 * hub.config.rounds.learning_rate))
+    shown = CliRunner().invoke(fleet_cli.app, [*words, "show", row["round_id"]], terminal_width=200).output
+    assert "share 0.036" in " ".join(shown.split())
 
 
 def test_an_open_round_has_no_stages(hub: HttpsHub) -> None:

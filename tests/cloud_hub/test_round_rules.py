@@ -69,6 +69,9 @@ def test_an_update_lost_before_the_rule_read_it_drops_the_round(hub: RoundHub) -
     [
         ({"kind": "masked", "rule": "median"}, "a masked round shows the sum alone"),
         ({"noise": 1.0}, "only a masked round adds noise"),
+        ({"share": 0.5}, "only a masked round trains a share"),
+        ({"kind": "masked", "trainable": "heads", "share": 0.5}, "a share of 0.5 of heads"),
+        ({"kind": "masked", "trainable": "adapters", "share": 0.5}, "a share of 0.5 of adapters"),
         ({"rule": "krum", "devices": ["a", "b"]}, "2 devices are invited, 3 are needed"),
     ],
 )
@@ -85,3 +88,13 @@ def test_a_round_with_noise_counts_on_its_smallest_cohort_and_has_room_for_it(hu
     assert (plan.noise, plan.noise_boxes, plan.min_cohort, plan.word_bits) == (1.0, 4, 4, 32)
     layout = round_layout.layout_of(plan, b"12345678", {"weight": (1000,)})
     assert (layout.noise, layout.noise_boxes) == (1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("share", "rate", "planned"), [(1.0, 0.01, 0.01), (0.25, 0.01, 0.02), (0.036, 0.01, 0.04), (0.036, 0.5, 1.0)]
+)
+def test_a_round_of_a_share_learns_faster_and_its_plan_says_so(
+    hub: RoundHub, share: float, rate: float, planned: float
+) -> None:
+    plan = hub.start(kind="masked", trainable="all", share=share, learning_rate=rate)
+    assert (plan.share, plan.learning_rate) == (share, pytest.approx(planned))

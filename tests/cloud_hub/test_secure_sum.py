@@ -1,5 +1,6 @@
 """The hub's side of a masked round: the sum to the last bit, who may be away when, and shares that lie."""
 
+import contextlib
 import re
 from collections.abc import Collection
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from cloud_hub import secure_sum
 from cloud_hub.secure_sum import MaskedSum
 from edge_agent import masking as box
-from fleet_link import cohort
+from fleet_link import cohort, shares
 from fleet_link.errors import LinkError, TrustError
-from fleet_link.messages import Survivors, Unmask, encode
+from fleet_link.messages import Survivors, SurvivorsSigned, Unmask, encode
 from tests.masked_support import ID, Round, changed, flipped, identity, names_of, plain_sum, plan, round_of
 
 STAGES = ("keys", "shares", "upload", "agree", "unmask")
@@ -145,6 +146,9 @@ def test_a_cohort_that_no_message_can_carry_is_refused() -> None:
         secure_sum.form_circle(of, many | {"one-more": keys}, 2)
     with pytest.raises(LinkError, match="too large"):
         secure_sum.form_circle(of, {name.ljust(63, "x"): keys for name in many}, 2)
+    secure_sum.check_fits(dict.fromkeys(many, len(keys.certificate)))
+    with pytest.raises(LinkError, match="too large"):
+        secure_sum.check_fits(dict.fromkeys(many, len(keys.certificate) + 2048))
 
 
 # --- boxes that lie -------------------------------------------------------------------------------
@@ -238,6 +242,85 @@ def test_a_hub_that_tells_two_lists_gets_enough_signatures_for_neither() -> None
     for name in names[:7]:
         with pytest.raises(TrustError, match="neighbours signed the same survivors, 5 are needed"):
             one.unmask(away=set(names) - {name})
+
+
+@pytest.fixture(scope="module")
+def circle_of_33() -> Round:
+    return Round(names_of(33)).keys().shares().upload()
+
+
+@pytest.mark.parametrize(
+    ("colluders", "opens"),
+    [
+        (12, {9: (True, False), 10: (True, False), 11: (False, True)}),
+        (13, {9: (True, False), 10: (True, True), 11: (False, True)}),
+    ],
+)
+def test_more_than_a_third_of_its_neighbours_bare_a_box(
+    circle_of_33: Round, colluders: int, opens: dict[int, tuple[bool, bool]]
+) -> None:
+    """Of 32 neighbours 13 in league with the hub open both secrets of box-33, and 12 do not.
+
+    `opens`: by the number of honest boxes told that it dropped out, whether its self secret and its mask secret open. More
+    told so help the second alone, fewer the first alone: between these there is nothing to gain.
+
+    Those in league with the hub sign both lists and give it both shares; nobody else does anything but what it should.
+    """
+    one, names = circle_of_33, names_of(33)
+    neighbours, needed = len(names) - 1, cohort.threshold(32)
+    assert (needed, 2 * needed - neighbours + 1) == (22, 13)
+    own = one.parts[names[-1]].secrets
+    for told, expected in opens.items():
+        gathered = both_secrets(one, names[:colluders], names[colluders : colluders + told])
+        assert (gathered[0] == own.self_secret, gathered[1] == own.mask_secret) == expected
+
+
+def both_secrets(one: Round, league: list[str], told_dropped: list[str]) -> tuple[bytes | None, bytes | None]:
+    """What the hub gathers that tells these, and its league, that the last box dropped out, and all others the truth."""
+    target, whole = one.told.active[-1], one.told
+    without = changed(whole, active=whole.active[:-1], dropped=(target,))
+    truth = [name for name in whole.active if name not in {*league, *told_dropped}]
+    given_self = {
+        name: given_.self_shares[target] for name, given_ in unmasked(one, whole, truth, league) if name != target
+    }
+    given_mask = {name: given_.mask_shares[target] for name, given_ in unmasked(one, without, told_dropped, league)}
+    for name in league:
+        given_self[name] = one.parts[name].held[target].of_self_secret
+        given_mask[name] = one.parts[name].held[target].of_mask_secret
+    numbers = {name: number for number, name in enumerate(one.circle.graph[target], 1)}
+
+    def combined(given_: dict[str, bytes]) -> bytes | None:
+        enough = len(given_) >= one.circle.threshold(target)
+        return shares.combine({numbers[name]: share for name, share in given_.items()}) if enough else None
+
+    return combined(given_self), combined(given_mask)
+
+
+def unmasked(one: Round, told: Survivors, honest: list[str], league: list[str]) -> list[tuple[str, Unmask]]:
+    """What those honest boxes give that sign this list, with the signatures of the league beside theirs."""
+    parts, signed = {}, {}
+    for name in honest:
+        parts[name], signed[name] = box.sign_survivors(one.parts[name], identity(name), told, message_id=ID)
+    for name in league:
+        signature = cohort.sign_survivors(identity(name), told)
+        signed[name] = SurvivorsSigned(message_id=ID, round_id=told.round_id, signature=signature)
+    given_ = []
+    for name, part in parts.items():
+        agreement = secure_sum.agreement_for(one.circle, signed, name, message_id=ID)
+        with contextlib.suppress(TrustError):  # too few signed the same
+            given_.append((name, box.unmask(part, agreement, message_id=ID)))
+    return given_
+
+
+def test_who_waits_for_the_sum_is_told_before_each_box() -> None:
+    one, told = Round(names_of(6)).keys().shares().upload(away={"box-06"}).agree(), []
+    rebuilt = secure_sum.rebuild(one.circle, one.told, one.unmask(), alive=lambda: told.append("rebuild"))
+    total = MaskedSum(23, 32)
+    for name in one.told.active:
+        total.add(one.uploads[name])
+    sum_ = secure_sum.unmask(total, one.circle, one.told, rebuilt, alive=lambda: told.append("unmask"))
+    assert told == ["rebuild"] * 6 + ["unmask"] * 2  # the one that dropped out, and one pass over the words
+    np.testing.assert_array_equal(sum_, plain_sum(names_of(5)))
 
 
 def test_what_was_rebuilt_is_not_in_a_log_line() -> None:

@@ -17,7 +17,7 @@ from tests.cloud_hub.hub_support import make_hub_files
 class WillingIntake:
     """Takes every update."""
 
-    def judge_update(self, device: str, offer: TransferOffer) -> tuple[Literal["take"], str]:
+    def judge_update(self, device: str, offer: TransferOffer, now: float) -> tuple[Literal["take"], str]:
         return "take", ""
 
     def update_bytes_max(self, round_id: str) -> int:

@@ -55,9 +55,14 @@ CODE = Code("1", "99TEST", "test")
 # --- bundles --------------------------------------------------------------------------------------
 
 
-def write_brightness_bundle(path: Path, *, slope: float = 10.0, version: str = "1") -> str:
-    """A network that calls an X-ray `nodule` when it is bright (slope > 0) or when it is dark (slope < 0)."""
+def write_brightness_bundle(path: Path, *, slope: float = 10.0, version: str = "1", body: int = 0) -> str:
+    """A network that calls an X-ray `nodule` when it is bright (slope > 0) or when it is dark (slope < 0).
+
+    `body`: so many weights beside the head, which it does not look at.
+    """
     weights = {"head.weight": np.array([0.0, slope], np.float32), "head.bias": np.zeros(2, np.float32)}
+    if body:
+        weights["body.weight"] = np.zeros(body, np.float32)
     labels = (Label("normal", CODE, False), Label("nodule", CODE, True))
     manifest = Manifest(
         format=1,
@@ -67,7 +72,7 @@ def write_brightness_bundle(path: Path, *, slope: float = 10.0, version: str = "
         inputs=(InputSpec("XR", SIZE, 2, "window", window_center=500.0, window_width=1000.0),),
         tasks=(TaskSpec("xr", "XR", 0, labels),),
         ood_threshold=100.0,
-        parameters=4,
+        parameters=4 + body,
         opset=17,
         members={},
     )

@@ -37,12 +37,13 @@ from fleet_link.messages import (
 )
 from fleet_link.sealing import plan_digest
 from models import delta, round_layout
-from tests.edge_agent.link_support import Box, make_box, make_plan
+from tests.edge_agent.link_support import Box, make_box, make_plan, write_brightness_bundle
 from tests.fleet_link.mosquitto_support import TestAuthority
 
 ID = "0" * 32
 ROUND = "round-1"
 NAMES = ("box-1", "box-2", "box-3", "box-4", "box-5")
+BODY = 200  # weights beside the head's four
 
 
 class Never:
@@ -61,6 +62,8 @@ class Hospitals:
     def build(cls, folder: Path) -> "Hospitals":
         authority = TestAuthority()
         for name in NAMES:
+            (folder / name).mkdir()
+            write_brightness_bundle(folder / name / "shipped.bundle", body=BODY)
             box = make_box(folder / name, authority, device=name)
             for number in range(3):
                 box.add_reviewed(f"p{number}", bright=True, label="nodule")
@@ -80,6 +83,7 @@ class Fleet:
     restarts: bool = False
     changes: dict[str, Any] = field(default_factory=dict)  # of the plan
     policy: dict[str, Any] = field(default_factory=dict)  # of box-1
+    strays: bool = False  # the training moves what the round did not draw
     boxes: dict[str, Box] = field(default_factory=dict)
     answers: dict[str, RoundAnswer] = field(default_factory=dict)
     keys: dict[str, RoundKeys] = field(default_factory=dict)
@@ -106,9 +110,8 @@ class Fleet:
         values = {"kind": "masked", "min_cohort": 3, "word_bits": 16, "value_bits": 12, "boxes_max": 5}
         values |= {"clip_norm": 20.0, "examples_cap": 3} | self.changes
         self.plan: RoundPlan = make_plan(digest, sealing.public_bytes(self.key), **values)
-        self.layout = round_layout.layout_of(
-            self.plan, plan_digest(self.plan), {"head.bias": (2,), "head.weight": (2,)}
-        )
+        shapes = {"head.bias": (2,), "head.weight": (2,), "body.weight": (BODY,)}
+        self.layout = round_layout.layout_of(self.plan, plan_digest(self.plan), shapes)
         self._training_ends_at_once()
         self.monkeypatch.setattr(os, "fsync", lambda _: None)
 
@@ -297,13 +300,15 @@ class Fleet:
                 self.given[name] = message
 
     def _training_ends_at_once(self) -> None:
-        """Each training learns something else: also the same box's second one."""
+        """Each training learns something else, where the round moves it: also the same box's second one."""
         chance = np.random.default_rng(3)
         to_words = update.to_words
 
         def train(_plan: RoundPlan, base: Any, *_: object) -> learn.Trained:
+            moves = {name: self.strays or mask for name, mask in self.layout.drawn.masks().items()}
             weights = {
-                name: value + chance.normal(size=value.shape).astype(np.float32) for name, value in base.weights.items()
+                name: value + (chance.normal(size=value.shape) * moves[name]).astype(np.float32)
+                for name, value in base.weights.items()
             }
             return learn.Trained(weights, learn.Report(3, 0, 0, 0, 0.1, 1))
 

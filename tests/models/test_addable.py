@@ -230,29 +230,13 @@ def test_one_large_coordinate_is_spread_over_all() -> None:
     assert np.abs(values).max() * np.sqrt(layout.padded) <= 3.0
 
 
-@pytest.mark.parametrize("share", [0.0001, 1 / 16, 0.3, 0.9])
-def test_every_coordinate_is_as_likely_to_be_sent(share: float) -> None:
-    rounds, size = 400, 333
-    sent = np.zeros(size)
-    for index in range(rounds):
-        layout = Layout({"x": (size,)}, SEED + index.to_bytes(2, "little"), 1.0, boxes=1, share=share)
-        places = addable._places(layout)
-        assert isinstance(places, np.ndarray)
-        assert len(set(places.tolist())) == layout.chosen == max(1, round(share * size))
-        assert places.min() >= 0
-        assert places.max() < size
-        sent[places] += 1
-    wanted = rounds * layout.chosen / size
-    assert np.abs(sent - wanted).max() <= 5 * np.sqrt(wanted) + 2
-
-
 def test_only_the_chosen_coordinates_move() -> None:
     layout = Layout({"a": (500,), "b": (20, 25)}, SEED, 1.0, boxes=1, share=1 / 4)
     one = change(layout, 1, norm=0.3)
     words, memory = encode(one, layout, 1.0, np.random.default_rng(0))
     assert memory is None
     decoded = flat(decode_sum(words, layout))
-    places = addable._places(layout)
+    places = layout.places
     np.testing.assert_allclose(decoded[places], flat(one)[places], atol=1e-3)
     assert np.count_nonzero(decoded) <= layout.chosen == 250
     assert words.size < 1 + 250 + layout.block
@@ -275,7 +259,7 @@ def test_what_is_sent_and_what_is_kept_are_the_whole(share: float, weight_share:
     np.testing.assert_allclose(flat(decode_sum(words, layout)) + kept, whole, atol=1e-5)
     np.testing.assert_array_equal(before, given_memory)
     if share < 1.0:
-        unsent = np.setdiff1d(np.arange(layout.size), addable._places(layout))
+        unsent = np.setdiff1d(np.arange(layout.size), layout.places)
         np.testing.assert_allclose(kept[unsent], whole[unsent], atol=1e-7)
 
 
@@ -427,6 +411,53 @@ def of_words(weight: int, value: int = 0, dtype: type = np.int64, count: int = L
 def test_a_sum_that_no_boxes_could_have_is_refused(words: np.ndarray, reason: str) -> None:
     with pytest.raises(DeltaError, match=reason):
         decode_sum(words, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("weight", "boxes", "reason"),
+    [(2, 3, "weight 2"), (3 * 255 + 1, 3, "weight 766"), (3, 3, ""), (3 * 255, 3, ""), (2, 2, "")],
+)
+def test_each_box_weighs_one_level_at_least_and_255_at_most(weight: int, boxes: int, reason: str) -> None:
+    words = of_words(weight)
+    if not reason:
+        assert not flat(decode_sum(words, LAYOUT, boxes)).any()
+        return
+    assert not flat(decode_sum(words, LAYOUT)).any()
+    with pytest.raises(DeltaError, match=reason):
+        decode_sum(words, LAYOUT, boxes)
+
+
+@pytest.mark.parametrize("size", [1, 40, 3000])
+@pytest.mark.parametrize(("bits", "boxes"), [(4, 2), (8, 40), (13, 8)])
+@pytest.mark.parametrize("weight", [1, 20, 255])
+def test_the_longest_honest_mean_is_within_the_bound(size: int, bits: int, boxes: int, weight: int) -> None:
+    """All boxes far beyond the clip norm, and all in one direction."""
+    layout = Layout({"x": (size,)}, SEED, 10.0, boxes, 32, bits)
+    beyond = {"x": np.full(size, 50.0, np.float32)}
+    generator = np.random.default_rng(weight)
+    words = total([encode(beyond, layout, weight / 255, generator)[0] for _ in range(boxes)])
+    norm = delta.norm(decode_sum(words, layout, boxes))
+    assert norm <= addable.norm_bound(layout, boxes, boxes * weight)
+    assert norm > 0.9 * layout.clip_norm or weight == 1
+
+
+def full_levels(layout: Layout, weight: int, boxes: int = 1) -> np.ndarray:
+    """Words of one box that says so little of its weight, and all levels of so many boxes."""
+    words = np.full(layout.word_count, boxes * layout.levels, layout.word_type)
+    words[0] = weight
+    return words
+
+
+@pytest.mark.parametrize(("weight", "levels_of"), [(1, 1), (255, 5)])
+def test_a_mean_that_honest_boxes_cannot_have_is_refused(weight: int, levels_of: int) -> None:
+    """Full levels under a weight of one, and the whole room of the sum: both decoded as if they were a mean."""
+    layout = Layout({"x": (1000,)}, SEED, 10.0, boxes=8, value_bits=13)
+    still = {"x": np.zeros(1000, np.float32)}
+    honest = [encode(still, layout, 5 / 255, np.random.default_rng(0))[0] for _ in range(3)]
+    words = total([*honest, full_levels(layout, weight, levels_of)])
+    assert delta.norm(decode_sum(words, layout)) > 4 * layout.clip_norm
+    with pytest.raises(DeltaError, match=r"a mean of norm .*honest boxes give 10.* at most"):
+        decode_sum(words, layout, boxes=4)
 
 
 def test_a_mask_that_did_not_cancel_is_refused() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from msgspec import structs
 
+from models.delta import FIXED_PREFIX, trainable_names
+from models.drawn import Drawn
 from models.errors import ModelError
 from models.examples import Example, batches, class_weights
 from tests.models.learning import cases, fresh, quiet, same
@@ -54,6 +56,7 @@ def trained(
         {"trainable": "adapters", "averaging": 0.9, "patience": 2},
         {"proximal": 0.5},
         {"averaging": 0.9, "trainable": "norms"},
+        {"share": 0.05, "share_seed": b"round seed", "averaging": 0.9},
     ],
 )
 def test_resumed_after_any_epoch_it_ends_with_the_same_bits(tmp_path: Path, more: dict[str, Any]) -> None:
@@ -74,6 +77,77 @@ def test_resumed_after_any_epoch_it_ends_with_the_same_bits(tmp_path: Path, more
         assert fitted_again == fitted
     again, _ = trained(plan(**more), checkpoint)
     assert same(again, whole)
+
+
+def drawn() -> Drawn:
+    shapes = {name: tuple(value.shape) for name, value in fresh().state_dict().items()}
+    return Drawn({name: shapes[name] for name in trainable_names(shapes, "all")}, b"round seed", 0.05)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"weight_decay": 0.5},
+        {"averaging": 0.9, "patience": 3},
+        {"proximal": 0.5},
+        {"private": True, "learning_rate": 1e-2},
+    ],
+)
+def test_what_the_round_does_not_draw_keeps_its_bits(more: dict[str, Any]) -> None:
+    more = dict(more)
+    if more.pop("private", False):
+        pytest.importorskip("opacus", reason="needs the extra `privacy`")
+        from models.privacy import Privacy
+
+        more["privacy"] = Privacy(8.0, 1e-2, test_seed=1)
+    weights, _ = trained(plan(epochs=2, share=0.05, share_seed=b"round seed", **more))
+    start = {name: value.numpy() for name, value in fresh().state_dict().items()}
+    moved = 0
+    for name, is_chosen in drawn().masks().items():
+        has_moved = weights[name].view(np.uint32) != start[name].view(np.uint32)
+        assert not (has_moved & ~is_chosen).any(), name
+        moved += int(has_moved.sum())
+    assert moved > 0.5 * drawn().chosen
+    assert all(np.array_equal(weights[name], start[name]) for name in start if name.startswith(FIXED_PREFIX))
+
+
+def test_what_is_not_drawn_counts_in_no_clipping_of_the_gradient() -> None:
+    from models.restricted import Others
+
+    network = fresh()
+    others = Others(network, "all", 0.05, b"round seed")
+
+    def gradients() -> dict[str, np.ndarray]:
+        network.zero_grad()
+        sum(parameter.sum() for parameter in network.parameters()).backward()
+        return {name: network.get_parameter(name).grad.numpy() for name in drawn().names}
+
+    restricted, masks = gradients(), drawn().masks()
+    assert all(np.array_equal(restricted[name], masks[name].astype(np.float32)) for name in masks)
+    others.let_go()
+    assert all(gradient.all() for gradient in gradients().values())
+
+
+def test_after_a_share_all_of_the_network_learns_again() -> None:
+    from models.fitting import train
+
+    network, examples = fresh(), cases("XR", 1)
+    train(network, examples, plan(epochs=1, share=0.05, share_seed=b"round seed"), quiet)
+    between = {name: value.numpy().copy() for name, value in network.state_dict().items()}
+    train(network, examples, plan(epochs=1), quiet)
+    for name, is_chosen in drawn().masks().items():
+        if name.endswith("conv.weight"):
+            assert (network.state_dict()[name].numpy() != between[name])[~is_chosen].any(), name
+
+
+def test_no_share_of_adapters() -> None:
+    with pytest.raises(ModelError, match=r"a share of 0\.5 of them cannot be drawn"):
+        trained(plan(trainable="adapters", share=0.5, share_seed=b"round seed"))
+
+
+def test_a_share_without_a_seed_is_refused() -> None:
+    with pytest.raises(ModelError, match="a seed of 0 bytes"):
+        trained(plan(share=0.5))
 
 
 def test_another_seed_gives_other_weights() -> None:

@@ -250,6 +250,25 @@ def test_every_box_weighs_the_same() -> None:
     for weight in (254, 300):
         with pytest.raises(DeltaError, match="weight"):
             decode_sum(np.concatenate([[weight], np.zeros(LAYOUT.padded, np.int64)]), LAYOUT)
+    two = np.concatenate([[2 * 255], np.zeros(LAYOUT.padded, np.int64)])
+    assert not flat(decode_sum(two, LAYOUT, boxes=2)).any()
+    with pytest.raises(DeltaError, match="weight 510"):
+        decode_sum(two, LAYOUT, boxes=3)
+
+
+@pytest.mark.parametrize("size", [1, 40, 3000])
+@pytest.mark.parametrize("multiplier", [0.05, 1.0])
+def test_an_honest_mean_with_noise_is_within_the_bound_and_a_cheat_is_not(size: int, multiplier: float) -> None:
+    layout = Layout({"x": (size,)}, SEED, 10.0, 8, 32, 13, 1.0, multiplier, 2)
+    beyond, generator = {"x": np.full(size, 50.0, np.float32)}, np.random.default_rng(size)
+    source = bytes_of(size)
+    words = [encode(beyond, layout, 1.0, generator, None, source)[0] for _ in range(8)]
+    total = np.sum(words, axis=0, dtype=words[0].dtype)
+    assert 0.0 < delta.norm(decode_sum(total, layout, boxes=8)) <= addable.norm_bound(layout, 8, 8 * 255)
+    cheat = np.full(layout.word_count, layout.most_in_sum, np.int64)
+    cheat[0] = 8 * 255
+    with pytest.raises(DeltaError, match="a mean of norm"):
+        decode_sum(cheat, layout, boxes=8)
 
 
 def test_the_memory_knows_nothing_of_the_noise() -> None:

@@ -13,6 +13,7 @@ SEED = b"s" * 32
 
 @dataclass(frozen=True)
 class Plan:
+    trainable: str = "all"
     clip_norm: float = 2.0
     boxes_max: int = 8
     word_bits: int = 16
@@ -47,6 +48,28 @@ def test_a_plan_that_no_weights_fit_is_refused_before_there_are_any(plan: Plan) 
         round_layout.check(plan, SEED)
     with pytest.raises(DeltaError):
         round_layout.layout_of(plan, SEED, SHAPES)
+
+
+@pytest.mark.parametrize("trainable", ["heads", "norms", "adapters"])
+def test_a_share_is_drawn_of_all_weights_alone(trainable: str) -> None:
+    with pytest.raises(DeltaError, match=f"a share of 0.5 of {trainable}") as refused:
+        round_layout.check(Plan(trainable=trainable), SEED)
+    assert "adapters are no single weights" in refused.value.advice
+    round_layout.check(Plan(trainable=trainable, share=1.0), SEED)
+
+
+@pytest.mark.parametrize(("share", "factor"), [(1.0, 1.0), (0.25, 2.0), (1 / 16, 4.0), (0.036, 4.0), (1e-9, 4.0)])
+def test_the_rate_rises_as_the_share_falls_up_to_four_times(share: float, factor: float) -> None:
+    assert round_layout.rate_factor(share) == pytest.approx(factor)
+
+
+def test_heads_and_norms_travel_whole_beside_a_share() -> None:
+    """0.036 of the rest; whole blocks of 64 words of 2 bytes and one of weight: a fiftieth of float32."""
+    shapes = {"body": (100, 1000), "head.weight": (30,), "norm.bias": (20,)}
+    layout = round_layout.layout_of(Plan(share=0.036), SEED, shapes)
+    assert layout.chosen == 3600 + 50
+    assert (layout.block, layout.word_count) == (64, 1 + 58 * 64)
+    assert 4 * layout.size / (2 * layout.word_count) == pytest.approx(53.9, abs=0.1)
 
 
 def test_a_sound_plan_passes() -> None:

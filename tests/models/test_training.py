@@ -174,6 +174,7 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path, examples: Path) -> None:
     [
         *(("--epochs", "0"), ("--batch", "0"), ("--rank", "0"), ("--threads", "0"), ("--patience", "-1")),
         *(("--lr", "nan"), ("--lr", "0"), ("--averaging", "1"), ("--proximal", "-1"), ("--seed", "-1")),
+        *(("--share", "0"), ("--share", "1.1"), ("--share", "nan"), ("--share-seed", "xy")),
         *(("--dp-epsilon", "0"), ("--dp-epsilon", "inf"), ("--trainable", "none")),
     ],
 )
