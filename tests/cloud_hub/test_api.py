@@ -212,7 +212,7 @@ def test_what_is_not_there_is_404_in_json(seeded: HttpsHub, path: str) -> None:
         ("/sites", [], "Expected `object`"),
         ("/rounds", {"epochs": 0}, ">= 1"),
         ("/rounds", {"clip_norm": -1}, "> 0"),
-        ("/rounds", {"rule": "krum"}, "Invalid enum value 'krum'"),
+        ("/rounds", {"rule": "loudest"}, "Invalid enum value 'loudest'"),
     ],
 )
 def test_a_wrong_body_is_400_with_the_field(hub: HttpsHub, path: str, body: object, words: str) -> None:
