@@ -9,6 +9,7 @@ from rich.console import Console
 
 from benchmarks import bytes as sent_bytes
 from benchmarks import codec, masked, poisoning, preprocess, privacy, receive
+from benchmarks.fleet import bench as scale
 from benchmarks.link import bench as link
 from benchmarks.network import bench as network
 
@@ -21,6 +22,7 @@ BENCHES = {
     "masked": masked,
     "codec": codec,
     "bytes": sent_bytes,
+    "scale": scale,
     "poisoning": poisoning,
     "privacy": privacy,
 }

@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.1
 BUSY_S = 0.02
 MAX_TAKEN = 256  # messages before anything else gets its turn
+QUEUED_MAX = 4 * MAX_TAKEN  # on the way out: the receipts of one turn leave room for what a stage says
 AT_ONCE = 0.0  # when to tell a device what it has not been told yet
 PATIENCE_S = 30.0  # while messages wait here, nothing is said a second time for so long: the answer may be among them
 _COUNTED = ("delivered", "agreed", "unmasked")  # states of a box whose update the hub has acknowledged
@@ -68,6 +69,7 @@ def open_bus(config: Config) -> Bus:
         certificate_path=paths.hub_certificate,
         key_path=paths.hub_key,
         keepalive_s=config.broker.keepalive_s,
+        queued_messages_max=QUEUED_MAX,
     )
     return Bus(bus_config, [hub_subscription()])
 

@@ -47,6 +47,7 @@ class BusConfig:
     certificate_path: Path
     key_path: Path
     keepalive_s: int = 30
+    queued_messages_max: int = MAX_QUEUED_MESSAGES
 
 
 class Received(NamedTuple):
@@ -76,7 +77,9 @@ class Bus:
         context = _tls_context(self._config)
         client = Client(CallbackAPIVersion.VERSION2, client_id=self._config.name, protocol=MQTTv5)
         client.tls_set_context(context)
-        client.max_queued_messages_set(MAX_QUEUED_MESSAGES)
+        client.max_queued_messages_set(self._config.queued_messages_max)
+        # Not paho's 20: an acknowledgement waits behind all that comes in, and with a whole fleet that is much.
+        client.max_inflight_messages_set(self._config.queued_messages_max)
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
