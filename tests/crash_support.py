@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import studies
 from benchmarks.house import Box, Hub
@@ -40,18 +41,24 @@ def dying(point: Point, command: list[str], log_path: Path) -> Daemon:
     return Daemon([*crash, *command], log_path)
 
 
-def teach(box: Box, folder: Path, per_label: int) -> None:
+def teach(box: Box, folder: Path, per_label: int, first_seed: int = 50) -> None:
     """Send phantom X-rays and review each of them as their maker knows them."""
-    sent = studies.make(Order(box, "north", ("XR",), per_label, 50), folder)
+    sent = studies.make(Order(box, "north", ("XR",), per_label, first_seed), folder)
     studies.send_all([box], sent)
     uids = {study.SeriesInstanceUID: study for study in sent}
     read = "SELECT s.series_no, s.SeriesInstanceUID, r.findings FROM series s JOIN results r USING (series_no) WHERE s.state = 'reported'"
-    wait_for("results", lambda: len(box.query(read)) == len(sent), timeout_s=60.0)
+    examples = "SELECT 1 FROM examples"
+    before = len(box.query(examples))
+
+    def own() -> list[dict[str, Any]]:
+        return [row for row in box.query(read) if row["SeriesInstanceUID"] in uids]
+
+    wait_for("results", lambda: len(own()) == len(sent), timeout_s=60.0)
     reviewer = Reviewer(box, "reader", "phantoms-only")
-    for row in box.query(read):
+    for row in own():
         reviewer.review(row["series_no"], uids[row["SeriesInstanceUID"]].label, studies.predicted(row))
     reviewer.close()
-    wait_for("examples", lambda: len(box.query("SELECT 1 FROM examples")) == len(sent), timeout_s=30.0)
+    wait_for("examples", lambda: len(box.query(examples)) == before + len(sent), timeout_s=30.0)
 
 
 class Mortal:
