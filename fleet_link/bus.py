@@ -78,8 +78,9 @@ class Bus:
         client = Client(CallbackAPIVersion.VERSION2, client_id=self._config.name, protocol=MQTTv5)
         client.tls_set_context(context)
         client.max_queued_messages_set(self._config.queued_messages_max)
-        # Not paho's 20: an acknowledgement waits behind all that comes in, and with a whole fleet that is much.
-        client.max_inflight_messages_set(self._config.queued_messages_max)
+        if self._config.queued_messages_max > MAX_QUEUED_MESSAGES:
+            # Not paho's 20: an acknowledgement waits behind all that comes in, and with a whole fleet that is much.
+            client.max_inflight_messages_set(self._config.queued_messages_max)
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
