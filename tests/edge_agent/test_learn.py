@@ -299,6 +299,23 @@ def learner(box: Box) -> Learner:
     return Learner(box.config, box.holder, box.enrolled, time.time)
 
 
+def test_the_hub_does_not_know_the_seed_of_a_masked_rounds_training(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two rounds of one plan give the same update, and the difference of two sums is one box's."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(learn, "run_child", lambda command, *_: commands.append(list(command)))
+    monkeypatch.setattr(learn, "read_trained", lambda *_: None)
+    base = box.holder.current.reader.bundle
+    open_plan = make_plan(base.digest, b"k" * 1216, seed=7)
+    masked_plan = make_plan(base.digest, b"k" * 1216, seed=7, kind="masked")
+    for plan in (open_plan, masked_plan, masked_plan):
+        learn.train(plan, base, tmp_path, box.config.learning, lambda: False)
+    told, first, second = (command[command.index("--seed") + 1] for command in commands)
+    assert told == "7"
+    assert len({told, first, second}) == 3
+
+
 @pytest.mark.slow
 def test_a_training_that_fails_is_told_to_the_hub(box: Box, tmp_path: Path) -> None:
     """The brightness bundle is no network of models.network: the real child refuses it."""

@@ -360,6 +360,7 @@ def test_a_round_closed_while_its_update_was_sealed_stays_closed(make: Make, mon
     assert fleet.state() == State.CLOSED
     assert fleet.boxes["box-1"].rows("masked_parts") == []
     assert fleet.boxes["box-1"].rows("transfers_out") == []
+    assert list((fleet.boxes["box-1"].data_dir / "updates").glob("*")) == []
 
 
 # --- what ends a round here -----------------------------------------------------------------------
