@@ -1,7 +1,7 @@
 """Tell systemd how the service is: ready, alive, stopping; and log to the journal where it is there.
 
 Writes to the socket named by NOTIFY_SOCKET; to the journal through systemd-python, where that is installed.
-Never needed for the service to work.
+Never needed for the service to work, and never in its way: a systemd that is busy is told again later.
 Source: sd_notify(3), sd_watchdog_enabled(3), systemd.journal.
 """
 
@@ -16,17 +16,16 @@ import warnings
 from typing import Any
 
 try:
-    from systemd import daemon as _systemd
     from systemd import journal as _journal
 except ImportError:  # an optional extra: it builds from source
-    _systemd = None
     _journal = None
 
+_PATIENCE_S = 5.0  # with what is said only once
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def ready(status: str) -> None:
-    _notify(f"READY=1\nSTATUS={status}")
+    _notify(f"READY=1\nSTATUS={status}", _PATIENCE_S)
 
 
 def status(text: str) -> None:
@@ -38,7 +37,7 @@ def watchdog() -> None:
 
 
 def stopping() -> None:
-    _notify("STOPPING=1")
+    _notify("STOPPING=1", _PATIENCE_S)
 
 
 def watchdog_interval_s(default_s: float) -> float:
@@ -92,11 +91,10 @@ def _without_text(arguments: threading.ExceptHookArgs) -> None:
         logging.getLogger(__name__).error("a thread stopped by a defect", exc_info=where)
 
 
-def _notify(message: str) -> None:
-    """Through systemd-python where it is, else by the same datagram ourselves: the units are Type=notify."""
+def _notify(message: str, patience_s: float = 0.0) -> None:
+    """One datagram: the units are Type=notify. Not by libsystemd's sd_notify, which waits where the socket is full."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if _systemd is not None:
-        _systemd.notify(message)
-    elif address:
+    if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+            channel.settimeout(patience_s)
             channel.sendto(message.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)

@@ -1,8 +1,10 @@
 """What goes to systemd and to logs: the state, and never the text of an exception."""
 
+import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,28 @@ def test_the_journal_gets_where_and_what_kind_but_no_values() -> None:
     assert SECRET not in repr(sent)
 
 
-def test_a_plain_datagram_reaches_systemd_where_systemd_python_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(notify, "_systemd", None)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
-        listening.bind(str(tmp_path / "notify"))
-        listening.settimeout(5.0)
+@pytest.fixture
+def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+        made.bind(str(tmp_path / "notify"))
+        made.settimeout(5.0)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        notify.ready("here")
-        assert listening.recv(100) == b"READY=1\nSTATUS=here"
+        yield made
+
+
+def test_systemd_hears_that_the_service_is_ready(listening: socket.socket) -> None:
+    notify.ready("here")
+    assert listening.recv(100) == b"READY=1\nSTATUS=here"
+    listening.close()
     notify.stopping()  # nobody listens any more: no error
+
+
+def test_systemd_that_does_not_read_holds_nothing_up_and_hears_the_next_sign_of_life(listening: socket.socket) -> None:
+    for _ in range(1000):  # more than any socket holds
+        notify.watchdog()
+    listening.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while listening.recv(100):
+            pass
+    notify.watchdog()
+    assert listening.recv(100) == b"WATCHDOG=1"
