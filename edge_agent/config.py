@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from fleet_link.errors import SiteError
+from models.delta import Trainable
 
 ADVICE = "correct the file and start again; edge_agent/edge-agent.toml documents every key"
 ANY_AE = "*"
@@ -106,6 +107,9 @@ class Hub:
 class Policy:
     learn: bool
     tasks: tuple[Literal["XR", "CT", "MR"], ...]
+    weights_may_leave: Annotated[
+        tuple[Trainable, ...], Meta(min_length=1, description=f"at least one of {', '.join(get_args(Trainable))}")
+    ]
     allow_unsafe_open_rounds: bool
     min_cohort: Annotated[
         int, Meta(ge=3, le=1000, description="a number of boxes from 3 to 1000: of two, each knows the other's part")

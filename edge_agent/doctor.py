@@ -20,9 +20,11 @@ import httpx
 import onnxruntime
 from pynetdicom.ae import ApplicationEntity
 
-from edge_agent import bundles, database, drift, health, identity, renewal, status, task_status
+from edge_agent import bundles, database, device_key, drift, est, health, identity, renewal, status, task_status
 from edge_agent.config import Config
-from fleet_link.errors import WardroundError
+from edge_agent.device_key import LockedError, Seal
+from fleet_link import pki
+from fleet_link.errors import SiteError, WardroundError
 from models.bundle import SHIPPED
 from models.errors import ModelError
 
@@ -137,21 +139,49 @@ def _identity(config: Config) -> Iterator[Check]:
     if not config.box.data_dir.is_dir() or not identity.is_enrolled(config.box.data_dir):
         yield Check("identity", Level.WARNING, "not enrolled: the box works alone", "run `edge-agent enroll TOKEN`")
         return
+    yield _key(config)
     try:
-        enrolled = identity.load(config.box.data_dir)
+        enrolled = identity.load(config.box.data_dir, device_key.passphrase())
+    except LockedError:
+        return
     except WardroundError as error:
         yield Check("identity", Level.ERROR, str(error), error.advice)
         return
     now = time.time()
-    text = f"{enrolled.address.device}, certificate valid for {enrolled.days_left(now):.0f} days"
-    if enrolled.days_left(now) < 0:
+    days = enrolled.life.days_left(now)
+    text = f"{enrolled.address.device}, certificate valid for {days:.0f} days"
+    if days < 0:
         expired = f"{enrolled.address.device}, the certificate has expired"
         yield Check("identity", Level.ERROR, expired, health.RENEW_ADVICE)
-    elif now >= renewal.overdue_at(enrolled):
+    elif now >= renewal.overdue_at(enrolled.life):
         yield Check("identity", Level.WARNING, f"{text}, and was not renewed", health.RENEW_ADVICE)
     else:
         in_days = max(0.0, (renewal.due_at(enrolled) - now) / identity.DAY_S)
         yield Check("identity", Level.OK, f"{text}, renewed by itself in {in_days:.0f}")
+
+
+def _key(config: Config) -> Check:
+    """How the device's key lies on the disk."""
+    path = identity.folder(config.box.data_dir).key
+    if not pki.is_encrypted(path):
+        seals = shutil.which("systemd-creds") is not None
+        text = "in clear, for the agent's user alone: whoever copies the disk or a backup of it can be this box"
+        return Check("device key", Level.WARNING if seals else Level.OK, text, "packaging/seal-device-key, as root")
+    try:
+        device_key.check_open(path, device_key.passphrase())
+    except LockedError as error:
+        return Check(
+            "device key", Level.WARNING, str(error), f"run doctor as root; if it says the same: {error.advice}"
+        )
+    except SiteError as error:
+        return Check("device key", Level.ERROR, str(error), error.advice)
+    seal = device_key.seal()
+    where = {
+        Seal.TPM: "the TPM of this machine opens it",
+        Seal.HOST: "the host's key on this disk opens it: that guards copies of the data folder, not the disk",
+        None: "systemd opens it",
+    }[seal]
+    return Check("device key", Level.OK, f"encrypted; {where}")
 
 
 def _pacs(config: Config) -> Iterator[Check]:
@@ -188,8 +218,11 @@ def _pacs(config: Config) -> Iterator[Check]:
 def _hub(config: Config) -> Iterator[Check]:
     if not config.hub.enabled or not config.box.data_dir.is_dir() or not identity.is_enrolled(config.box.data_dir):
         return
-    enrolled = identity.load(config.box.data_dir)
-    address = enrolled.address_now(config.hub)
+    try:
+        known = identity.known(config.box.data_dir)
+    except SiteError:  # said above
+        return
+    address = known.address.under(config.hub)
     try:
         with socket.create_connection((address.mqtt_host, address.mqtt_port), TIMEOUT_S):
             yield Check("hub broker", Level.OK, f"{address.mqtt_host}:{address.mqtt_port} is open")
@@ -198,10 +231,10 @@ def _hub(config: Config) -> Iterator[Check]:
             "hub broker", Level.ERROR, f"{address.mqtt_host}:{address.mqtt_port}: {error}", "check firewall and hub"
         )
     try:
-        context = ssl.create_default_context(cafile=str(enrolled.folder.ca))
-        answer = httpx.get(f"{address.hub_url}{identity.CACERTS}", verify=context, timeout=TIMEOUT_S, trust_env=False)
+        context = ssl.create_default_context(cafile=str(known.folder.ca))
+        answer = httpx.get(f"{address.hub_url}{est.CACERTS}", verify=context, timeout=TIMEOUT_S, trust_env=False)
         theirs = parsedate_to_datetime(answer.headers["date"]).replace(tzinfo=UTC).timestamp()
-    except (httpx.HTTPError, ssl.SSLError, KeyError, ValueError) as error:
+    except (httpx.HTTPError, OSError, KeyError, ValueError) as error:
         yield Check("hub", Level.ERROR, f"{address.hub_url}: {error}", "check firewall and hub")
         return
     away = abs(theirs - time.time())

@@ -5,32 +5,26 @@ Never sends the private key; never trusts a hub whose root is not the one in the
 Source: EST, RFC 7030 sections 4.1 and 4.2; PKCS #7 certs-only, RFC 5272.
 """
 
-import base64
-import binascii
 import shutil
-import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from msgspec import Meta
 
+from edge_agent import device_key, est
 from edge_agent.config import Hub
 from fleet_link import pki, tokens
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.files import move_durably, write_durably
 
-MAX_REPLY_BYTES = 1024 * 1024
-TIMEOUT_S = 20.0
 DAY_S = 86400.0
-CACERTS = "/.well-known/est/cacerts"
-NEW_TOKEN = "ask for a new token on the hub: `fleet device token DEVICE`"  # noqa: S105 - advice, no secret
 
 
 class HubAddress(msgspec.Struct, frozen=True):
@@ -41,9 +35,14 @@ class HubAddress(msgspec.Struct, frozen=True):
     mqtt_host: str
     mqtt_port: int
 
-
-class RefusedError(LinkError):
-    """The hub is there and says no: to ask again helps nothing."""
+    def under(self, hub: Hub) -> "HubAddress":
+        """Where the hub is now: what the site's [hub] says of it, over what the hub said at enrolment."""
+        return msgspec.structs.replace(
+            self,
+            hub_url=hub.url.rstrip("/") or self.hub_url,
+            mqtt_host=urlsplit(hub.url).hostname or self.mqtt_host,
+            mqtt_port=hub.mqtt_port or self.mqtt_port,
+        )
 
 
 class _Bootstrap(msgspec.Struct, frozen=True):
@@ -90,6 +89,26 @@ class Folder:
         return self.tuf / "root.json"
 
 
+class Life(NamedTuple):
+    """Of a certificate, unix seconds."""
+
+    start: float
+    end: float
+
+    def days_left(self, now: float) -> float:
+        """Below 0 it has expired."""
+        return (self.end - now) / DAY_S
+
+
+@dataclass(frozen=True)
+class Known:
+    """What can be told of an identity without its key."""
+
+    folder: Folder
+    address: HubAddress
+    life: Life
+
+
 @dataclass
 class Enrolled:
     """Shared by the threads: renewal puts a new `identity` in, each reader sees the former one or the new one whole."""
@@ -98,25 +117,11 @@ class Enrolled:
     address: HubAddress
     identity: pki.Identity
     trust: pki.Trust
+    passphrase: bytes | None = field(default=None, repr=False)  # of the key files; see device_key.py
 
     @property
-    def life(self) -> tuple[float, float]:
-        """Start and end of the certificate, unix seconds."""
-        certificate = x509.load_der_x509_certificate(self.identity.certificate_der)
-        return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-
-    def days_left(self, now: float) -> float:
-        """Of the certificate; below 0 it has expired."""
-        return (self.life[1] - now) / DAY_S
-
-    def address_now(self, hub: Hub) -> HubAddress:
-        """Where the hub is: what the site's [hub] says of it, over what the hub said at enrolment."""
-        return msgspec.structs.replace(
-            self.address,
-            hub_url=hub.url.rstrip("/") or self.address.hub_url,
-            mqtt_host=urlsplit(hub.url).hostname or self.address.mqtt_host,
-            mqtt_port=hub.mqtt_port or self.address.mqtt_port,
-        )
+    def life(self) -> Life:
+        return _life(x509.load_der_x509_certificate(self.identity.certificate_der))
 
 
 def folder(data_dir: Path) -> Folder:
@@ -137,26 +142,39 @@ def is_enrolled(data_dir: Path) -> bool:
     return folder(data_dir).certificate.exists()
 
 
-def load(data_dir: Path) -> Enrolled:
+def known(data_dir: Path) -> Known:
     """Raises SiteError when the box is not enrolled or a part of its identity is damaged."""
     here = folder(data_dir)
     if not is_enrolled(data_dir):
         raise SiteError("this box is not enrolled", advice="run `edge-agent enroll TOKEN` with a token from the hub")
     try:
         address = msgspec.json.decode(here.address.read_bytes(), type=HubAddress)
+        certificate = x509.load_pem_x509_certificate(_certificate_in_use(data_dir).read_bytes())
+    except (OSError, ValueError) as error:
+        raise _damaged(error) from error
+    return Known(here, address, _life(certificate))
+
+
+def load(data_dir: Path, passphrase: bytes | None = None) -> Enrolled:
+    """Raises SiteError as `known`, and LockedError where the key is encrypted and its passphrase is not given."""
+    here, address = folder(data_dir), known(data_dir).address
+    device_key.check_open(here.key, passphrase)
+    try:
         trust = pki.Trust(here.ca.read_bytes())
         here.tuf_root.stat()
-        moving = renewed(data_dir).certificate
-        is_half_moved = moving.exists() and not renewed(data_dir).key.exists()
-        return Enrolled(
-            here, address, pki.load_identity(here.key, moving if is_half_moved else here.certificate), trust
-        )
+        mine = pki.load_identity(here.key, _certificate_in_use(data_dir), passphrase=passphrase)
     except (OSError, ValueError) as error:
-        advice = "restore the identity folder, or enrol with a new token: `edge-agent enroll --replace TOKEN`"
-        raise SiteError(f"this box's identity is damaged: {error}", advice=advice) from error
+        raise _damaged(error) from error
+    return Enrolled(here, address, mine, trust, passphrase)
 
 
-def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolled:
+def protect(data_dir: Path, passphrase: bytes | None) -> None:
+    """Encrypt what lies in clear: keys made before there was a passphrase, or by somebody who could not read it."""
+    for part in (folder, draft, renewed):
+        device_key.protect(part(data_dir).key, passphrase)
+
+
+def enroll(token_text: str, data_dir: Path, *, replace: bool = False, passphrase: bytes | None = None) -> Enrolled:
     """Buy a certificate with a one-time token; `replace` puts it in the place of the identity that is there.
 
     May be repeated with the same token as long as the hub has issued nothing for it.
@@ -166,7 +184,7 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
     settle(data_dir)
     if is_enrolled(data_dir) and not replace:
         raise SiteError(
-            f"this box is already enrolled as {load(data_dir).address.device}",
+            f"this box is already enrolled as {known(data_dir).address.device}",
             advice="to give it another identity or move it to another hub stop the agent and run `edge-agent enroll --replace TOKEN`",
         )
     here = draft(data_dir)
@@ -174,21 +192,22 @@ def enroll(token_text: str, data_dir: Path, *, replace: bool = False) -> Enrolle
     here.path.chmod(0o700)
     # 1. The root, fetched without trust and pinned by the token's fingerprint; with it the intermediates it has signed.
     authorities = _pinned_authorities(token)
-    with _client(token.hub_url, _tls(authorities[0]), (token.device, token.secret)) as hub:
+    with est.client(token.hub_url, est.tls(authorities[0]), (token.device, token.secret)) as hub:
         # 2. Where the broker is and the root of releases, over a connection that this CA vouches for.
         bootstrap = _bootstrap(hub, token)
         write_durably(here.ca, pki.pem(authorities), mode=0o644)
-        write_durably(here.tuf_root, _base64(bootstrap.tuf_root, "release root"), mode=0o644)
+        write_durably(here.tuf_root, est.from_base64(bootstrap.tuf_root, "release root"), mode=0o644)
         address = HubAddress(token.device, token.hub_url, bootstrap.mqtt_host, bootstrap.mqtt_port)
         write_durably(here.address, msgspec.json.encode(address), mode=0o644)
         # 3. The certificate, for a key that stays here; a half-done enrolment goes on with its key.
-        key = pki.load_private_key(here.key) if here.key.exists() else pki.new_private_key(here.key)
-        certificate = _certificate(hub, pki.build_csr(key, token.device), "simpleenroll")
+        key = _key_at(here.key, passphrase)
+        certificate = est.certificate(hub, pki.build_csr(key, token.device), "simpleenroll")
     # 4. Only a certificate of this key, this name and this CA is kept.
     _check_certificate(certificate, key, token.device, authorities)
     write_durably(here.certificate, pki.chain_pem(certificate, authorities), mode=0o644)
     settle(data_dir)
-    return load(data_dir)
+    protect(data_dir, passphrase)
+    return load(data_dir, passphrase)
 
 
 def settle(data_dir: Path) -> None:
@@ -220,8 +239,8 @@ def learn_authorities(enrolled: Enrolled, hub: Hub) -> bool:
     """
     here = enrolled.folder
     root = _root(here)
-    with _client(enrolled.address_now(hub).hub_url, _tls(root)) as asking:
-        shown = _certificates(_ask(asking, "GET", CACERTS))
+    with est.client(enrolled.address.under(hub).hub_url, est.tls(root)) as asking:
+        shown = est.certificates(est.ask(asking, "GET", est.CACERTS))
     known = pki.pem([root, *pki.intermediates(root, shown)])
     if known == here.ca.read_bytes():
         return False
@@ -248,11 +267,11 @@ def renew(enrolled: Enrolled, hub: Hub) -> None:
     learn_authorities(enrolled, hub)
     authorities = pki.read_authorities(here.ca.read_bytes())
     write_durably(new.ca, pki.pem(authorities), mode=0o644)
-    key = _renewal_key(new.key)
-    context = _tls(authorities[0])
-    context.load_cert_chain(here.certificate, here.key)
-    with _client(enrolled.address_now(hub).hub_url, context) as asking:
-        certificate = _certificate(asking, pki.build_csr(key, enrolled.identity.name), "simplereenroll")
+    key = _key_at(new.key, enrolled.passphrase)
+    context = est.tls(authorities[0])
+    context.load_cert_chain(here.certificate, here.key, enrolled.passphrase or b"")
+    with est.client(enrolled.address.under(hub).hub_url, context) as asking:
+        certificate = est.certificate(asking, pki.build_csr(key, enrolled.identity.name), "simplereenroll")
     _check_certificate(certificate, key, enrolled.identity.name, authorities)
     write_durably(new.certificate, pki.chain_pem(certificate, authorities), mode=0o644)
 
@@ -263,10 +282,11 @@ def waiting(enrolled: Enrolled, now: float) -> Enrolled | None:
     if not new.certificate.exists() or not new.key.exists():
         return None
     try:
-        found = Enrolled(new, enrolled.address, pki.load_identity(new.key, new.certificate), enrolled.trust)
+        mine = pki.load_identity(new.key, new.certificate, passphrase=enrolled.passphrase)
     except SiteError:
         return None
-    return found if now < found.life[1] else None
+    found = Enrolled(new, enrolled.address, mine, enrolled.trust, enrolled.passphrase)
+    return found if now < found.life.end else None
 
 
 def take_over(enrolled: Enrolled, proved: Enrolled) -> None:
@@ -278,13 +298,29 @@ def take_over(enrolled: Enrolled, proved: Enrolled) -> None:
     enrolled.identity = proved.identity
 
 
-def _renewal_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """That of a renewal which was cut off, or a new one."""
+def _key_at(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
+    """That of an enrolment or renewal which was cut off, or a new one."""
     try:
-        return pki.load_private_key(path)
-    except SiteError:  # none yet, or it is damaged
+        return device_key.load(path, passphrase)
+    except SiteError:  # none yet, or nothing opens it
         path.unlink(missing_ok=True)
-        return pki.new_private_key(path)
+        return pki.new_private_key(path, passphrase=passphrase)
+
+
+def _certificate_in_use(data_dir: Path) -> Path:
+    """The renewed one, where a killed move has left it behind its key."""
+    new = renewed(data_dir)
+    is_half_moved = new.certificate.exists() and not new.key.exists()
+    return new.certificate if is_half_moved else folder(data_dir).certificate
+
+
+def _life(certificate: x509.Certificate) -> Life:
+    return Life(certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())
+
+
+def _damaged(error: Exception) -> SiteError:
+    advice = "restore the identity folder, or enrol with a new token: `edge-agent enroll --replace TOKEN`"
+    return SiteError(f"this box's identity is damaged: {error}", advice=advice)
 
 
 def _settle_renewed(data_dir: Path) -> None:
@@ -307,43 +343,26 @@ def _root(here: Folder) -> x509.Certificate:
 
 def _pinned_authorities(token: tokens.EnrolmentToken) -> list[x509.Certificate]:
     """The root, then its intermediates."""
-    with httpx.Client(verify=False, timeout=TIMEOUT_S, trust_env=False) as unverified:  # noqa: S501 - pinned below
-        shown = _certificates(_ask(unverified, "GET", f"{token.hub_url}{CACERTS}"))
+    with httpx.Client(verify=False, timeout=est.TIMEOUT_S, trust_env=False) as unverified:  # noqa: S501 - pinned below
+        shown = est.certificates(est.ask(unverified, "GET", f"{token.hub_url}{est.CACERTS}"))
     for certificate in shown:
         if pki.fingerprint(certificate.public_bytes(Encoding.DER)) == token.ca_sha256:
             return [certificate, *pki.intermediates(certificate, shown)]
     raise TrustError(
         f"{token.hub_url} is not the hub that this token is for: it shows another CA",
-        advice="check the hub's address; someone may stand between box and hub; " + NEW_TOKEN,
+        advice="check the hub's address; someone may stand between box and hub; " + est.NEW_TOKEN,
     )
 
 
-def _tls(root: x509.Certificate) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=root.public_bytes(Encoding.PEM).decode("ascii"))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context
-
-
-def _client(hub_url: str, context: ssl.SSLContext, auth: tuple[str, str] | None = None) -> httpx.Client:
-    return httpx.Client(base_url=hub_url, verify=context, auth=auth, timeout=TIMEOUT_S, trust_env=False)
-
-
 def _bootstrap(hub: httpx.Client, token: tokens.EnrolmentToken) -> _Bootstrap:
-    reply = _ask(hub, "GET", "/.well-known/wardround/bootstrap")
+    reply = est.ask(hub, "GET", "/.well-known/wardround/bootstrap")
     try:
         bootstrap = msgspec.json.decode(reply, type=_Bootstrap)
     except msgspec.DecodeError as error:
         raise LinkError(f"the hub's bootstrap is not understood: {error}", advice="compare the versions") from error
     if bootstrap.device != token.device:
-        raise TrustError(f"the hub answered for {bootstrap.device!r}, not for {token.device!r}", advice=NEW_TOKEN)
+        raise TrustError(f"the hub answered for {bootstrap.device!r}, not for {token.device!r}", advice=est.NEW_TOKEN)
     return bootstrap
-
-
-def _certificate(hub: httpx.Client, csr_pem: bytes, operation: str) -> x509.Certificate:
-    csr_der = x509.load_pem_x509_csr(csr_pem).public_bytes(Encoding.DER)
-    headers = {"content-type": "application/pkcs10", "content-transfer-encoding": "base64"}
-    reply = _ask(hub, "POST", f"/.well-known/est/{operation}", content=base64.encodebytes(csr_der), headers=headers)
-    return _certificates(reply)[0]
 
 
 def _check_certificate(
@@ -352,46 +371,7 @@ def _check_certificate(
     ours = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     theirs = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if ours != theirs:
-        raise TrustError("the hub's certificate is for another key than this box's", advice=NEW_TOKEN)
+        raise TrustError("the hub's certificate is for another key than this box's", advice=est.NEW_TOKEN)
     trust = pki.Trust(pki.pem(authorities))
     now = certificate.not_valid_before_utc.timestamp()  # a box whose clock is wrong may still enrol; doctor tells
     trust.check(certificate.public_bytes(Encoding.DER), expected_name=device, now=now)
-
-
-def _ask(hub: httpx.Client, method: str, url: str, **request: Any) -> bytes:
-    """One request. Raises LinkError with what the hub said and what the operator does next."""
-    try:
-        with hub.stream(method, url, **request) as response:
-            reply = b""
-            for part in response.iter_bytes():
-                reply += part
-                if len(reply) > MAX_REPLY_BYTES:
-                    raise LinkError("the hub's reply is larger than any reply of a hub", advice="check the address")
-    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
-        advice = (
-            "check the hub's address, the firewall and both clocks; nothing is used up, the same can be tried again"
-        )
-        raise LinkError(f"the hub cannot be reached: {error}", advice=advice) from error
-    if response.status_code == httpx.codes.OK:
-        return reply
-    said = reply[:300].decode("utf-8", "replace").strip() or response.reason_phrase
-    if response.status_code in (400, 401, 403, 404, 409, 410):
-        raise RefusedError(f"the hub refused ({response.status_code}): {said}", advice=NEW_TOKEN)
-    raise LinkError(f"the hub failed ({response.status_code}): {said}", advice="try the same again later")
-
-
-def _certificates(reply: bytes) -> list[x509.Certificate]:
-    try:
-        certificates = pkcs7.load_der_pkcs7_certificates(_base64(reply.decode("ascii"), "certificates"))
-    except (ValueError, TypeError) as error:
-        raise LinkError(f"the hub's certificates are not understood: {error}", advice="check the address") from error
-    if not certificates:
-        raise LinkError("the hub sent no certificate", advice="check the address")
-    return certificates
-
-
-def _base64(text: str, what: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise LinkError(f"the hub's {what} are not base64: {error}", advice="check the hub's address") from error

@@ -6,17 +6,28 @@ Source: ARCHITECTURE.md, "The link": "The site decides".
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from edge_agent.config import Policy
 from fleet_link.messages import RoundPlan
 from fleet_link.sealing import plan_digest
 from models import accountant, round_layout
 from models.accountant import Cost
+from models.delta import Trainable
 from models.errors import DeltaError
 
 MINUTES_A_DAY = 24 * 60
+# What a site that lets the one leave lets leave with it: as models.delta.trainable_names, the heads are in each.
+LEAVE_WITH: Mapping[Trainable, frozenset[Trainable]] = MappingProxyType(
+    {
+        "all": frozenset[Trainable](("all", "norms", "adapters", "heads")),
+        "norms": frozenset[Trainable](("norms", "heads")),
+        "adapters": frozenset[Trainable](("adapters", "heads")),
+        "heads": frozenset[Trainable](("heads",)),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +46,14 @@ def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
     """Gives "" when the box may join, else the reason that the hub and the site will read."""
     if not policy.learn:
         return "this site's policy does not learn (policy.learn = false)"
+    if reason := against_weights(plan, policy):
+        return reason
     if plan.kind == "masked" and (reason := _against_masks(plan, policy)):
         return reason
     if plan.kind == "unsafe_open" and plan.noise:
         return "an open round adds no noise, whatever its plan says"
+    if plan.kind == "unsafe_open" and (reason := _against_values(plan)):
+        return reason
     if policy.require_noise and not plan.noise:
         return "the round adds no noise to what it learns (policy.require_noise = true)"
     if plan.kind == "unsafe_open" and not policy.allow_unsafe_open_rounds:
@@ -60,6 +75,14 @@ def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
             f"since, needs {needed}: the difference of two such sums could be one site's update"
         )
     return ""
+
+
+def against_weights(plan: RoundPlan, policy: Policy) -> str:
+    """Gives "" when the site lets all weights leave that the round trains."""
+    if any(plan.trainable in LEAVE_WITH[allowed] for allowed in policy.weights_may_leave):
+        return ""
+    allowed = ", ".join(policy.weights_may_leave)
+    return f"the round asks for weights that stay at this site: {plan.trainable} (policy.weights_may_leave = {allowed})"
 
 
 def against_budget(policy: Policy, before: Sequence[Cost], cost: Cost | None) -> str:
@@ -87,6 +110,14 @@ def _against_masks(plan: RoundPlan, policy: Policy) -> str:
         round_layout.check(plan, plan_digest(plan))
     except DeltaError as error:
         return f"the round's sum cannot be: {error}"
+    return ""
+
+
+def _against_values(plan: RoundPlan) -> str:
+    try:
+        round_layout.check_open(plan, plan_digest(plan))
+    except DeltaError as error:
+        return f"the round's update cannot be: {error}"
     return ""
 
 

@@ -15,7 +15,8 @@ from threading import Event as StopEvent
 
 from edge_agent import database, identity
 from edge_agent.config import Config
-from edge_agent.identity import Enrolled, RefusedError
+from edge_agent.est import RefusedError
+from edge_agent.identity import Enrolled, Life
 from fleet_link.bus import Bus
 from fleet_link.errors import WardroundError
 
@@ -39,10 +40,9 @@ def due_at(enrolled: Enrolled) -> float:
     return start + (end - start) * (DUE + SPREAD * draw)
 
 
-def overdue_at(enrolled: Enrolled) -> float:
+def overdue_at(life: Life) -> float:
     """When somebody should look: it should have been renewed long ago."""
-    start, end = enrolled.life
-    return start + (end - start) * OVERDUE
+    return life.start + (life.end - life.start) * OVERDUE
 
 
 class Renewal:
@@ -147,7 +147,7 @@ class Proof:
         finally:
             bus.start()
         if stands:
-            log.info("the certificate is renewed, for %.0f days", self._enrolled.days_left(self._clock()))
+            log.info("the certificate is renewed, for %.0f days", self._enrolled.life.days_left(self._clock()))
             database.end_alarm(db, ALARM)
         elif not stop.is_set():
             self._put_off(db, why, was_connected)

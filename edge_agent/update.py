@@ -2,7 +2,8 @@
 
 Reads weights in memory; gives the sealed bytes.
 Never writes to disk, never lets a weight leave unsealed.
-Source: ARCHITECTURE.md, "The link"; the codecs are models.delta and models.addable, the envelope fleet_link.sealing.
+Source: ARCHITECTURE.md, "The link"; the codecs are models.delta, models.drawn_delta and models.addable, the envelope
+fleet_link.sealing.
 """
 
 import hashlib
@@ -39,12 +40,14 @@ class Addable:
 def build(before: Weights, after: Weights, plan: RoundPlan, identity: pki.Identity, examples: int) -> Update:
     """The delta is the same for the same weights and plan; only its sealing is fresh each time.
 
-    Raises CannotTrainError when the trained weights do not fit the base or are not finite.
+    Raises CannotTrainError when the trained weights do not fit the base or the plan or are not finite.
     """
     try:
         names = delta.trainable_names(before, plan.trainable)
         change, norm = delta.clip(delta.subtract(after, before, names), plan.clip_norm)
-        payload = delta.encode(change, rounding_seed(plan, identity.name))
+        codec = round_layout.codec_of(plan, sealing.plan_digest(plan), {name: before[name].shape for name in names})
+        seed = rounding_seed(plan, identity.name)
+        payload = codec.encode(change, seed) if codec else delta.encode(change, seed)
     except DeltaError as error:
         raise CannotTrainError(f"the trained weights cannot be sent: {error}", advice=error.advice) from error
     return Update(sealing.seal_update(payload, identity=identity, plan=plan, examples=examples), norm)

@@ -14,7 +14,7 @@ import ssl
 import sys
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class BusConfig:
     ca_path: Path
     certificate_path: Path
     key_path: Path
+    key_passphrase: bytes | None = field(default=None, repr=False)
     keepalive_s: int = 30
     queued_messages_max: int = MAX_QUEUED_MESSAGES
 
@@ -63,11 +64,12 @@ class Bus:
         self.last_error = ""  # why not, with advice; empty while connected
         self._config = config
         self._subscriptions = subscriptions
-        self._received: queue.Queue[Received] = queue.Queue(MAX_RECEIVED)
+        self._received: queue.Queue[Received | None] = queue.Queue(MAX_RECEIVED)  # None: receive returns
         self._stopping = threading.Event()
         self._down = threading.Event()
         self._chunks: deque[MQTTMessageInfo] = deque()
         self._chunks_lock = threading.Lock()
+        self._sent_meanwhile = -1  # packets, since a chunk was not taken; -1 where all were
         self._failures = 0
         self._explained = False  # this attempt's failure already has its reason
         self._client: Client | None = None
@@ -87,6 +89,7 @@ class Bus:
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
+        client.on_publish = self._on_publish
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = MAX_PACKET_BYTES
         self._stopping.clear()
@@ -121,7 +124,7 @@ class Bus:
         return client is not None and client.publish(str(topic), payload, qos=1).rc == MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def publish_chunk(self, topic: Topic, payload: bytes) -> bool:
-        """QoS 0. False when away or 32 chunks are waiting for the socket: wait a moment (back-pressure).
+        """QoS 0. False when away or 32 chunks are waiting for the socket (back-pressure): `receive` returns once half went.
 
         Raises LinkError if the payload is larger than any broker would take.
         """
@@ -132,6 +135,7 @@ class Bus:
             while self._chunks and _is_gone(self._chunks[0]):
                 self._chunks.popleft()
             if len(self._chunks) >= MAX_QUEUED_CHUNKS:
+                self._sent_meanwhile = 0
                 return False
             info = client.publish(str(topic), payload, qos=0)
             if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -140,16 +144,23 @@ class Bus:
         return True
 
     def receive(self, timeout_s: float) -> Received | None:
-        """The next message in order of arrival, or None after `timeout_s`."""
+        """The next message in order of arrival, or None after `timeout_s`, or where chunks can be sent again."""
         try:
-            return self._received.get(timeout=timeout_s) if timeout_s > 0 else self._received.get_nowait()
+            received = self._received.get(timeout=timeout_s) if timeout_s > 0 else self._received.get_nowait()
+            while received is None:
+                received = self._received.get_nowait()
         except queue.Empty:
             return None
+        return received
 
     def _ready(self, payload: bytes) -> Client | None:
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise LinkError(f"payload of {len(payload)} bytes exceeds {MAX_PAYLOAD_BYTES}: send it in chunks")
         return self._client if self.connected else None
+
+    def _wake(self) -> None:
+        with contextlib.suppress(queue.Full):  # then it does not wait
+            self._received.put_nowait(None)
 
     # --- called by paho's network thread --------------------------------------------------------------
 
@@ -214,6 +225,16 @@ class Bus:
             except queue.Full:
                 continue
 
+    def _on_publish(
+        self, client: Client, userdata: Any, mid: int, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if self._sent_meanwhile < 0:
+            return
+        self._sent_meanwhile += 1
+        if self._sent_meanwhile >= MAX_QUEUED_CHUNKS // 2:
+            self._sent_meanwhile = -1
+            self._wake()
+
     def _back_off(self, client: Client) -> None:
         """Half to whole of 1, 2, 4 … 60 s: a fleet does not come back in one instant. paho waits from min to max."""
         ceiling_s = min(MAX_RECONNECT_S, 2.0**self._failures)
@@ -234,7 +255,8 @@ def _tls_context(config: BusConfig) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_verify_locations(cafile=config.ca_path)
-        context.load_cert_chain(config.certificate_path, config.key_path)
+        # b"" where there is none: without any OpenSSL would ask for it on the terminal.
+        context.load_cert_chain(config.certificate_path, config.key_path, config.key_passphrase or b"")
     except (OSError, ssl.SSLError) as error:
         raise SiteError(
             f"certificate files of {config.name} cannot be used: {error}", advice="enrol this machine again"

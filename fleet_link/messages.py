@@ -16,6 +16,8 @@ from fleet_link.pki import MAX_CERTIFICATE_BYTES
 MAX_MESSAGE_BYTES = 96 * 1024  # managed brokers cap a packet at 128 KB; room for the envelope
 NEIGHBOURS = 32  # at most: whom one box of a masked round shares masks and secrets with
 COHORT = 1000  # at most: boxes in one masked round
+GROUPS = 32  # at most: in which a masked round is summed apart; the hub holds the mean of each
+BASES = 16  # at most: releases that a buffered round takes updates from, its own base first, then newest first
 
 # \Z, not $: Python's $ also accepts a newline at the end.
 Name = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]*\Z")]
@@ -41,6 +43,7 @@ class RoundStatus(msgspec.Struct, frozen=True, kw_only=True):
     round_id: Name
     state: Name
     reason: Text = ""
+    staleness: Count = 0  # buffered: releases between what its sealed update was trained from and the base
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -79,7 +82,7 @@ class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     round_id: Name
     kind: Literal["unsafe_open", "masked"]
     base_digest: Digest
-    rule: Rule  # masked: fedavg
+    rule: Rule  # masked: fedavg, or another over the means of groups
     trainable: Literal["all", "heads", "norms", "adapters"]  # as models.delta.trainable_names
     clip_norm: Annotated[float, Meta(gt=0.0, le=1e9)]
     epochs: Annotated[int, Meta(ge=1, le=1000)]
@@ -90,12 +93,17 @@ class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     deadline_unix_s: Annotated[float, Meta(ge=0.0, le=1e11)]  # bounds also refuse NaN and infinity
     min_cohort: Count = 0  # masked: so many boxes at least stand in one sum; the box may ask for more
     word_bits: Literal[16, 32] = 32  # masked: the sum is modulo 2^word_bits
-    value_bits: Annotated[int, Meta(ge=4, le=16)] = 16  # masked: of one box's values, as models.addable has them
+    value_bits: Annotated[int, Meta(ge=2, le=16)] = (
+        16  # of one box's values; open: 2 to 8, or 16 for models.delta's bytes
+    )
     boxes_max: Annotated[int, Meta(ge=1, le=COHORT)] = COHORT  # masked: so many boxes at most stand in one sum
-    share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # masked: of all weights but heads and norms, those trained
+    share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # of all weights but heads and norms, those trained
     examples_cap: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 1000  # masked: more examples than these weigh no more
     noise: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0  # masked: multiplier, as models.layout has it; 0 is none
     noise_boxes: Annotated[int, Meta(ge=0, le=COHORT)] = 0  # masked: so many honest boxes' noise makes it up
+    groups: Annotated[int, Meta(ge=1, le=GROUPS)] = 1  # masked: sums apart; to a box its group is the cohort
+    buffer: Annotated[int, Meta(ge=0, le=COHORT)] = 0  # the sum is that of the first so many updates; 0: not buffered
+    bases: Annotated[tuple[Digest, ...], Meta(max_length=BASES)] = ()  # buffered: what an update may be trained from
 
 
 class RoundAnswer(Message, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ from fleet_link.errors import SiteError, TrustError
 from fleet_link.files import sync_folder
 
 MAX_CERTIFICATE_BYTES = 4096
+_ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"  # RFC 7468, 11
 
 # What `cryptography` raises on bytes that are not the X.509 structure asked for.
 _UNPARSABLE = (
@@ -212,9 +213,9 @@ def fingerprint(certificate_der: bytes) -> str:
     return hashlib.sha256(certificate_der).hexdigest()
 
 
-def load_identity(key_path: Path, certificate_path: Path) -> Identity:
+def load_identity(key_path: Path, certificate_path: Path, *, passphrase: bytes | None = None) -> Identity:
     """Raises SiteError if a file is missing, unreadable, or the two do not belong together."""
-    key = load_private_key(key_path)
+    key = load_private_key(key_path, passphrase=passphrase)
     try:
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
         name = common_name(certificate.subject)
@@ -231,14 +232,23 @@ def load_identity(key_path: Path, certificate_path: Path) -> Identity:
 
 
 def load_private_key(path: Path, *, passphrase: bytes | None = None) -> ec.EllipticCurvePrivateKey:
-    """Raises SiteError if the file is missing or holds anything but a P-256 private key, encrypted where one is given."""
+    """Raises SiteError if the file is missing or holds anything but a P-256 private key. The passphrase opens an encrypted one."""
     try:
-        key = load_pem_private_key(path.read_bytes(), password=passphrase)
+        content = path.read_bytes()
+        key = load_pem_private_key(content, password=passphrase if _ENCRYPTED in content else None)
     except (OSError, *_UNPARSABLE) as error:
         raise SiteError(f"key {path.name} cannot be read: {error}", advice="enrol this machine again") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise SiteError(f"key {path.name} is not ECDSA P-256", advice="enrol this machine again")
     return key
+
+
+def is_encrypted(key_path: Path) -> bool:
+    """False too where there is none."""
+    try:
+        return _ENCRYPTED in key_path.read_bytes()
+    except OSError:
+        return False
 
 
 def new_private_key(path: Path, *, passphrase: bytes | None = None) -> ec.EllipticCurvePrivateKey:

@@ -35,6 +35,7 @@ DOMAIN = b"wardround update v1\x00"
 MLKEM768_SEED_BYTES = 64
 MLKEM768_PUBLIC_BYTES = 1184
 X25519_BYTES = 32
+Blob = bytes | bytearray | memoryview
 
 _suite = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
@@ -59,7 +60,7 @@ class UpdateStatement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class SealedUpdate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     v: int
     statement: bytes  # an encoded UpdateStatement
-    ciphertext: bytes  # HPKE: encapsulated key, then AES-256-GCM
+    ciphertext: memoryview  # HPKE: encapsulated key, then AES-256-GCM; of what was decoded, not a copy
     signature: Annotated[bytes, Meta(max_length=80)]
     certificate: Annotated[bytes, Meta(max_length=MAX_CERTIFICATE_BYTES)]  # DER
 
@@ -86,7 +87,7 @@ def seal_update(payload: bytes, *, identity: Identity, plan: RoundPlan, examples
         SealedUpdate(
             v=VERSION,
             statement=statement,
-            ciphertext=ciphertext,
+            ciphertext=memoryview(ciphertext),
             signature=identity.sign(_signed_bytes(statement, ciphertext, identity.certificate_der)),
             certificate=identity.certificate_der,
         )
@@ -94,9 +95,9 @@ def seal_update(payload: bytes, *, identity: Identity, plan: RoundPlan, examples
 
 
 def open_update(
-    blob: bytes, *, private_key: SealingKey, trust: Trust, sender: str, plan: RoundPlan, now: float
+    blob: Blob, *, private_key: SealingKey, trust: Trust, sender: str, plan: RoundPlan, now: float
 ) -> OpenedUpdate:
-    """Give what `sender` sealed for this very plan. Raises TrustError on anything else."""
+    """Give what `sender` sealed for this very plan; nothing in it is a view of `blob`. Raises TrustError on anything else."""
     # 1. The outer form.
     sealed = _parse(blob)
     # 2. The certificate: this fleet's CA, valid at `now`, issued to the sender the topic names.
@@ -174,12 +175,12 @@ def _load_public(public: bytes) -> MLKEM768X25519PublicKey:
         ) from error
 
 
-def _signed_bytes(statement: bytes, ciphertext: bytes, certificate: bytes) -> bytes:
+def _signed_bytes(statement: bytes, ciphertext: Blob, certificate: bytes) -> bytes:
     """Fixed-length digests after the domain: nothing can slide from one part into the other."""
     return DOMAIN + b"".join(hashlib.sha256(part).digest() for part in (statement, ciphertext, certificate))
 
 
-def _parse(blob: bytes) -> SealedUpdate:
+def _parse(blob: Blob) -> SealedUpdate:
     try:
         sealed = _update_decoder.decode(blob)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

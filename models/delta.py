@@ -5,8 +5,10 @@ Never does I/O or draws unseeded noise; a payload that is not exactly what is ex
 Source: stochastic rounding as in QSGD (Alistarh 2017). Layout: magic · u32 header length · header (MessagePack) · int8 values.
 """
 
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,6 +24,7 @@ Trainable = Literal["all", "heads", "norms", "adapters"]
 MAGIC = b"WRD1"
 MAX_HEADER_BYTES = 1 << 20
 _LEVELS = 127
+_CHUNK = 1 << 15  # values handled at once
 _HEADER_LENGTH = struct.Struct("<I")
 _REFUSED = "the sender's software or its base bundle differs from this one's; compare the versions"
 
@@ -97,15 +100,50 @@ def encode(delta: Mapping[str, NDArray[np.float32]], seed: int) -> bytes:
     return b"".join([MAGIC, _HEADER_LENGTH.pack(len(header)), header, *bodies])
 
 
+@dataclass(frozen=True)
+class Quantised(Mapping[str, NDArray[np.float32]]):
+    """A delta as its payload holds it, a byte a value: a tensor becomes float32 when it is asked for, and no sooner."""
+
+    levels: Mapping[str, NDArray[np.int8]]  # views of the payload
+    steps: Mapping[str, float]  # value of one level; finite, and so are all values
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self.levels[name].astype(np.float32) * np.float32(self.steps[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.levels)
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    @property
+    def norm(self) -> float:
+        """L2 norm over all tensors together."""
+        spare = np.empty(_CHUNK, np.float32)
+        return math.sqrt(sum(self.steps[name] ** 2 * _squares(each, spare) for name, each in self.levels.items()))
+
+    def clipped(self, clip_norm: float) -> "tuple[Quantised, float]":
+        """As `clip`."""
+        norm_before = self.norm
+        if norm_before <= clip_norm:
+            return self, norm_before
+        factor = clip_norm / norm_before
+        return replace(self, steps={name: step * factor for name, step in self.steps.items()}), norm_before
+
+
 def decode(payload: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
     """Exactly the tensors of `shapes`, float32. Raises DeltaError on anything else."""
-    tensors, body = _parse(payload)
+    return dict(read(payload, shapes))
+
+
+def read(payload: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Quantised:
+    """As `decode`, over the payload's own bytes."""
+    tensors, begin = _parse(payload)
     names = [tensor.name for tensor in tensors]
     if sorted(names) != sorted(shapes):
         odd = sorted(set(names) ^ set(shapes)) or ["a name given twice"]
         raise DeltaError(f"the delta does not hold the expected tensors: {odd[0]}", advice=_REFUSED)
-    delta: Arrays = {}
-    offset = 0
+    levels: dict[str, NDArray[np.int8]] = {}
     for tensor in tensors:
         if tensor.shape != tuple(shapes[tensor.name]):
             raise DeltaError(f"{tensor.name} has shape {tensor.shape}, not {shapes[tensor.name]}", advice=_REFUSED)
@@ -113,15 +151,14 @@ def decode(payload: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
             raise DeltaError(
                 f"{tensor.name} is not finite", advice="the sender's training diverged; its update is left out"
             )
-        count = int(np.prod(tensor.shape, dtype=np.int64))
-        if offset + count > len(body):
+        count = math.prod(tensor.shape)
+        if begin + count > len(payload):
             raise DeltaError(f"{tensor.name} is cut short", advice=_REFUSED)
-        levels = np.frombuffer(body, np.int8, count, offset)
-        delta[tensor.name] = (levels.astype(np.float32) * np.float32(tensor.scale)).reshape(tensor.shape)
-        offset += count
-    if offset != len(body):
-        raise DeltaError(f"{len(body) - offset} bytes follow the last tensor", advice=_REFUSED)
-    return delta
+        levels[tensor.name] = np.frombuffer(payload, np.int8, count, begin).reshape(tensor.shape)
+        begin += count
+    if begin != len(payload):
+        raise DeltaError(f"{len(payload) - begin} bytes follow the last tensor", advice=_REFUSED)
+    return Quantised(levels, {tensor.name: tensor.scale for tensor in tensors})
 
 
 def apply(weights: Mapping[str, NDArray[np.float32]], delta: Mapping[str, NDArray[np.floating]]) -> Arrays:
@@ -142,7 +179,18 @@ def _quantise(value: NDArray[np.float32], scale: float, generator: np.random.Gen
     return np.asarray(np.clip(levels, -_LEVELS, _LEVELS), np.int8)
 
 
-def _parse(payload: bytes) -> tuple[list[_Tensor], bytes]:
+def _squares(levels: NDArray[np.int8], spare: NDArray[np.float32]) -> float:
+    """Their sum, a few at a time in the processor's cache. Exact to float32's rounding of one part's."""
+    flat, total = levels.reshape(-1), 0.0
+    for begin in range(0, flat.size, _CHUNK):
+        part = spare[: min(_CHUNK, flat.size - begin)]
+        np.copyto(part, flat[begin : begin + _CHUNK])
+        total += float(np.dot(part, part))
+    return total
+
+
+def _parse(payload: bytes) -> tuple[list[_Tensor], int]:
+    """The header, and where the values begin."""
     start = len(MAGIC) + _HEADER_LENGTH.size
     if len(payload) < start or payload[: len(MAGIC)] != MAGIC:
         raise DeltaError("not a delta of a version this software knows", advice=_REFUSED)
@@ -153,4 +201,4 @@ def _parse(payload: bytes) -> tuple[list[_Tensor], bytes]:
         tensors = msgspec.msgpack.decode(payload[start : start + length], type=list[_Tensor])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DeltaError(f"the delta's header is not valid: {error}", advice=_REFUSED) from error
-    return tensors, payload[start + length :]
+    return tensors, start + length

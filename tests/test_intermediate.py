@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from benchmarks.processes import free_port
 from cloud_hub import ca, config
 from edge_agent import identity
 from edge_agent.config import Hub
@@ -20,7 +21,7 @@ from fleet_link import pki
 from fleet_link.bus import Bus, BusConfig
 from fleet_link.topics import device_subscription
 from tests.cloud_hub.box_twin import until
-from tests.cloud_hub.hub_support import free_port, needs_mosquitto, new_key
+from tests.cloud_hub.hub_support import needs_mosquitto, new_key
 from tests.cloud_hub.round_support import needs_bundle
 from tests.cloud_hub.test_service import HubProcess
 

@@ -15,11 +15,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from benchmarks.processes import free_port
 from cloud_hub import registry, setup
 from cloud_hub.broker import Broker
 from cloud_hub.ca import Authority, Issuer
 from cloud_hub.database import Certificate
-from edge_agent import database, hub_change, identity, ledger, renewal, status
+from edge_agent import database, device_key, hub_change, identity, ledger, renewal, status
 from edge_agent.identity import Enrolled
 from edge_agent.link import Link
 from edge_agent.renewal import Renewal
@@ -29,7 +30,7 @@ from fleet_link.bus import BusConfig
 from fleet_link.errors import LinkError, SiteError
 from fleet_link.files import write_durably
 from fleet_link.messages import Heartbeat, RoundClosed
-from tests.cloud_hub.hub_support import HttpsHub, free_port, make_hub_files, needs_mosquitto
+from tests.cloud_hub.hub_support import HttpsHub, make_hub_files, needs_mosquitto
 from tests.edge_agent.link_support import DEVICE, Box, HubTwin, make_box, make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
@@ -64,7 +65,7 @@ class House:
                 session, DEVICE, config=self.files.config, authority=self.files.authority, now=self.https.now
             )
         (self.folder / "data").mkdir()
-        identity.enroll(token.text(), self.folder / "data")
+        identity.enroll(token.text(), self.folder / "data", passphrase=device_key.passphrase())
         self.https.now = time.time()
         url = {"hub": {"url": self.files.config.url}}
         self.box = make_box(self.folder, TestAuthority(), self.files.config.broker.port, **url)
@@ -114,7 +115,13 @@ def names(folder: identity.Folder) -> set[str]:
     return {path.name for path in folder.path.iterdir()} if folder.path.exists() else set()
 
 
-def test_the_link_goes_on_with_a_renewed_certificate(house: House) -> None:
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_the_link_goes_on_with_a_renewed_certificate(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_encrypted: bool
+) -> None:
+    if is_encrypted:
+        (tmp_path / device_key.CREDENTIAL).write_text("of the TPM\n")
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     box = house.enrol(days_ago=21.0)
     before = serial(box.enrolled)
     house.start_link()
@@ -125,9 +132,10 @@ def test_the_link_goes_on_with_a_renewed_certificate(house: House) -> None:
     house.until(lambda: house.heard() >= heard + 2)
     assert house.hub.sequences == sorted(set(house.hub.sequences))
     assert house.certificates() == [before, serial(box.enrolled)]
-    on_disk = identity.load(box.data_dir)
+    assert pki.is_encrypted(box.enrolled.folder.key) is is_encrypted
+    on_disk = identity.load(box.data_dir, device_key.passphrase())
     assert serial(on_disk) == serial(box.enrolled)
-    assert 29.0 < on_disk.days_left(time.time()) <= 30.0
+    assert 29.0 < on_disk.life.days_left(time.time()) <= 30.0
     assert on_disk.folder.key.stat().st_mode & 0o777 == 0o600
     assert names(identity.renewed(box.data_dir)) == {"ca.pem"}
     assert status.gather(box.config).notices == []

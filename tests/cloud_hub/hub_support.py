@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
 
+from benchmarks.processes import free_port
 from cloud_hub import ca, config, database, https, registry, releases
 from cloud_hub.api import create_app
 from cloud_hub.ca import Authority, Issuer
@@ -37,12 +38,6 @@ from fleet_link.messages import Heartbeat, RoundPlan
 needs_mosquitto = pytest.mark.skipif(
     shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin") is None, reason="mosquitto is not installed"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:

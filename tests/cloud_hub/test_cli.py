@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from benchmarks.processes import free_port
 from cloud_hub import ca, config, database, setup
 from cloud_hub.setup import Wish
 from fleet_link import files, pki
 from fleet_link.errors import SiteError
-from tests.cloud_hub.hub_support import await_true, free_port, make_hub_files, needs_mosquitto
+from tests.cloud_hub.hub_support import await_true, make_hub_files, needs_mosquitto
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +159,7 @@ def test_init_says_what_to_keep_apart_and_encrypt_ca_is_for_older_hubs(tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Older backups hold it as it was" in done
     _is_whole(folder)
-    assert ca.is_encrypted(paths.ca_key)
+    assert pki.is_encrypted(paths.ca_key)
 
 
 def test_the_hubs_own_certificates_are_renewed_in_time_and_for_a_new_name(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_new_intermediate_needs_the_roots_key_which_may_be_elsewhere(tmp_path:
     after = ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
     assert after.certificates[:2] == before.certificates
     assert f"It signs from {after.issuers[1].signs_from:%Y-%m-%d} on" in made.stdout
-    assert ca.is_encrypted(paths.ca_key.with_name("ca-2.key"))
+    assert pki.is_encrypted(paths.ca_key.with_name("ca-2.key"))
     assert after.issuer_at(time.time()).certificate == before.issuers[0].certificate
     # 3. Not twice by mistake.
     with pytest.raises(SiteError, match="a new intermediate already"):

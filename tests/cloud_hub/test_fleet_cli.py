@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.measure import Measurement
 from typer.testing import CliRunner
 
+from benchmarks.processes import free_port
 from cloud_hub import database, fleet_cli, fleet_tables, terminal
 from fleet_link import tokens
-from tests.cloud_hub.hub_support import HttpsHub, free_port, make_hub_files, seed_fleet
+from tests.cloud_hub.hub_support import HttpsHub, make_hub_files, seed_fleet
 
 pytestmark = pytest.mark.slow
 

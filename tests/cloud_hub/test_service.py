@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.processes import free_port
 from cloud_hub import ca, database, setup
 from cloud_hub.releases import Repository
 from fleet_link.bus import BusConfig
@@ -24,7 +25,7 @@ from fleet_link.messages import Receipt, ReleaseOffer, RoundClosed, RoundPlan
 from fleet_link.pki import Trust, load_identity
 from models.bundle import SHIPPED, file_digest
 from tests.cloud_hub.box_twin import BoxTwin, until
-from tests.cloud_hub.hub_support import HubFiles, free_port, needs_mosquitto
+from tests.cloud_hub.hub_support import HubFiles, needs_mosquitto
 from tests.cloud_hub.round_support import Box, needs_bundle
 from tests.cloud_hub.test_releases import another_bundle
 

@@ -4,7 +4,6 @@ Writes only under the folder it is given.
 Never asserts; tests do.
 """
 
-import socket
 import sqlite3
 import subprocess
 import time
@@ -151,9 +150,3 @@ def encoded(ds: Dataset) -> bytes:
     ds.save_as(buffer, enforce_file_format=True)
     raw = buffer.getvalue()
     return raw[144 + int.from_bytes(raw[140:144], "little") :]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

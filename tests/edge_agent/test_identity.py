@@ -19,11 +19,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from edge_agent import identity
+from benchmarks.processes import free_port
+from edge_agent import est, identity
 from fleet_link import pki
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.tokens import EnrolmentToken
-from tests.fleet_link.mosquitto_support import TestAuthority, free_port, write_identity
+from tests.fleet_link.mosquitto_support import TestAuthority, write_identity
 
 pytestmark = pytest.mark.slow
 
@@ -291,7 +292,7 @@ def test_a_bootstrap_that_is_none(hub: EstTwin, data_dir: Path, body: bytes) -> 
 
 
 def test_a_reply_without_end_is_cut_off(hub: EstTwin, data_dir: Path) -> None:
-    hub.bootstrap_body = b" " * (identity.MAX_REPLY_BYTES + 1)
+    hub.bootstrap_body = b" " * (est.MAX_REPLY_BYTES + 1)
     with pytest.raises(LinkError, match="larger"):
         identity.enroll(hub.token(), data_dir)
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from benchmarks.processes import free_port
 from fleet_link.bus import BusConfig
 from fleet_link.pki import Identity, Trust
 
@@ -194,13 +195,6 @@ def twin_certificate(certificate_der: bytes) -> bytes:
     twin = encode_dss_signature(r, order - s)
     fields = certificate_der[4:].removesuffix(_tlv(b"\x03", b"\x00" + signature))
     return _tlv(b"\x30", fields + _tlv(b"\x03", b"\x00" + twin))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _listens(port: int) -> bool:

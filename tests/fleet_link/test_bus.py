@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from benchmarks.processes import free_port
 from fleet_link.bus import MAX_PAYLOAD_BYTES, MAX_QUEUED_CHUNKS, Bus, BusConfig, Received
 from fleet_link.errors import LinkError, SiteError
 from fleet_link.topics import Channel, Direction, Topic, device_subscription, hub_subscription
-from tests.fleet_link.mosquitto_support import Mosquitto, TestAuthority, free_port
+from tests.fleet_link.mosquitto_support import Mosquitto, TestAuthority
 
 pytestmark = pytest.mark.slow
 
@@ -269,3 +270,23 @@ def test_foreign_topics_are_dropped(hub: Bus, broker: Mosquitto, authority: Test
         second._client.publish("wr1/other", b"junk")
         second.publish_message(DOWN, b"good")
         assert second.receive(10) == Received(DOWN, b"good")
+
+
+def test_who_waits_for_room_for_chunks_is_woken_when_half_of_them_went(
+    hub: Bus, broker: Mosquitto, authority: TestAuthority
+) -> None:
+    with running(broker.config(authority.issue("box-1"))) as box:
+        chunk, refused = bytes(MAX_PAYLOAD_BYTES), False
+        while not refused:
+            refused = not box.publish_chunk(UP_CHUNK, chunk)
+        eventually(lambda: box._received.qsize() == 1)  # what ends the wait
+        assert box.receive(60.0) is None
+        assert box.publish_chunk(UP_CHUNK, chunk)
+
+
+def test_what_wakes_hides_no_message(hub: Bus, broker: Mosquitto, authority: TestAuthority) -> None:
+    with running(broker.config(authority.issue("box-1"))) as box:
+        hub._wake()
+        assert box.publish_message(UP, b"behind it")
+        eventually(lambda: hub._received.qsize() == 2)
+        assert hub.receive(0) == Received(UP, b"behind it")

@@ -2,7 +2,7 @@
 
 Reads bytes; keeps a whole masked round of three boxes in memory, so that messages arrive at every stage.
 Never reaches a stage by other means than the boxes' and the hub's own steps.
-Source: edge_agent/masking.py, cloud_hub/secure_sum.py, models/delta.py, models/addable.py.
+Source: edge_agent/masking.py, cloud_hub/secure_sum.py, models/delta.py, models/drawn_delta.py, models/addable.py.
 """
 
 from functools import cache
@@ -14,6 +14,8 @@ from edge_agent import masking as box
 from fleet_link import cohort, masking, messages, shares
 from fleet_link.errors import LinkError, TrustError
 from models import addable, delta
+from models.drawn import Drawn
+from models.drawn_delta import DrawnCodec
 from models.errors import DeltaError
 from tests import masked_support as support
 from tests.fuzz.target import Target, target
@@ -162,3 +164,44 @@ def _delta_header() -> Target:
 
     whole = delta.encode({name: np.full(shape, 0.01, np.float32) for name, shape in shapes.items()}, 1)
     return Target("delta-header", run, (whole[8:-15],), (DeltaError,))
+
+
+def _drawn_codec() -> DrawnCodec:
+    return DrawnCodec(Drawn({"body.weight": (9, 20), "head.bias": (3,)}, b"seed" * 4, 0.1), 3, 1.0)
+
+
+def _drawn_payload(codec: DrawnCodec) -> bytes:
+    ramp = np.linspace(-0.01, 0.01, codec.drawn.size, dtype=np.float32)
+    masks = codec.drawn.masks()
+    return codec.encode({name: np.where(masks[name], value, 0) for name, value in codec.drawn.cut(ramp).items()}, 1)
+
+
+def _decode_drawn(codec: DrawnCodec, payload: bytes) -> None:
+    change = codec.decode(payload)
+    masks = codec.drawn.masks()
+    assert {name: value.shape for name, value in change.items()} == codec.drawn.shapes
+    assert all(np.isfinite(value).all() and not value[~masks[name]].any() for name, value in change.items())
+
+
+@target("drawn-delta")
+def _drawn_delta() -> Target:
+    codec = _drawn_codec()
+
+    def run(payload: bytes) -> None:
+        _decode_drawn(codec, payload)
+
+    whole = _drawn_payload(codec)
+    return Target("drawn-delta", run, (whole,), (DeltaError,), (whole[:-2], whole + b"\0"))
+
+
+@target("drawn-delta-code")
+def _drawn_delta_code() -> Target:
+    """The entropy code alone, after sound steps."""
+    codec = _drawn_codec()
+    whole = _drawn_payload(codec)
+    begin = 12  # magic and the steps of two tensors
+
+    def run(code: bytes) -> None:
+        _decode_drawn(codec, whole[:begin] + code)
+
+    return Target("drawn-delta-code", run, (whole[begin:],), (DeltaError,))

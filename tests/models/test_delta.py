@@ -136,3 +136,14 @@ def test_weights_of_another_network_are_refused() -> None:
         delta.apply(BEFORE, {"other": np.zeros(1, np.float32)})
     with pytest.raises(DeltaError, match="not a tensor of these weights"):
         delta.apply(BEFORE, {"stem.bias": np.zeros(5, np.float32)})
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1.0))
+def test_what_is_read_without_floats_is_clipped_as_its_floats_are(seed: int, share: float) -> None:
+    sent = delta.encode(change(seed), seed)
+    floats, norm = delta.clip(delta.decode(sent, SHAPES), share * delta.norm(delta.decode(sent, SHAPES)))
+    quantised, same_norm = delta.read(sent, SHAPES).clipped(share * norm)
+    assert same_norm == pytest.approx(norm, rel=1e-6)
+    assert quantised.norm == pytest.approx(share * norm, rel=1e-6)
+    for name, value in floats.items():
+        assert np.allclose(quantised[name], value, rtol=1e-5, atol=0)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from models import addable, round_layout
+from models.drawn import Drawn
+from models.drawn_delta import DrawnCodec
 from models.errors import DeltaError
 
 SHAPES = {"body": (3, 2), "head": (4,)}
@@ -123,3 +125,19 @@ def test_what_is_proposed_can_be(boxes: int) -> None:
 def test_no_boxes_have_no_sum() -> None:
     with pytest.raises(DeltaError):
         round_layout.numbers_for(0)
+
+
+def test_an_open_plan_s_codec_is_drawn_where_it_says_few_bits() -> None:
+    codec = round_layout.codec_of(Plan(value_bits=3), SEED, SHAPES)
+    assert codec == DrawnCodec(Drawn(SHAPES, SEED, 0.5), 3, 2.0)
+    whole = round_layout.codec_of(Plan(value_bits=5, share=1.0), SEED, SHAPES)
+    assert whole is not None
+    assert whole.drawn.chosen == 10
+    assert round_layout.codec_of(Plan(value_bits=16, share=1.0), SEED, SHAPES) is None
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(value_bits=16), Plan(share=1.0), Plan(value_bits=3, trainable="norms")])
+def test_an_open_plan_whose_values_cannot_be_is_refused(plan: Plan) -> None:
+    with pytest.raises(DeltaError) as refused:
+        round_layout.check_open(plan, SEED)
+    assert refused.value.advice
