@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_agent import config as configuration
-from edge_agent import database, identity, setup, users
+from edge_agent import database, device_key, identity, setup, users
 from fleet_link.errors import WardroundError
 from models.errors import ModelError
 
@@ -79,9 +79,9 @@ def enroll(
 
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with status.run_lock(data_dir):
-            enrolled = identity.enroll(text, data_dir, replace=True)
+            enrolled = identity.enroll(text, data_dir, replace=True, passphrase=device_key.passphrase())
     else:
-        enrolled = identity.enroll(text, data_dir)
+        enrolled = identity.enroll(text, data_dir, passphrase=device_key.passphrase())
     out.print(
         f"Enrolled as {enrolled.address.device} at {enrolled.address.hub_url}. Restart a running edge-agent.",
         soft_wrap=True,
@@ -208,6 +208,12 @@ def _print_status(gathered: "Status") -> None:
             f"privacy: epsilon {spent['epsilon']:.3g} of {spent['epsilon_max']:g} spent at delta {spent['delta']:g}, "
             f"in {spent['rounds']} rounds"
         )
+    if gathered.spool:
+        waits = gathered.spool
+        out.print(
+            f"spool: an update of {waits['examples']} examples, trained for round {waits['round_id']} from bundle "
+            f"{waits['base_digest'][:12]}, waits for the next buffered round"
+        )
     _print_rows(
         "Tasks: reviewed cases whose label was in the set, 90 % is promised",
         [_task_row(task) for task in gathered.tasks],
@@ -250,6 +256,8 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
 def _cell(name: str, value: object) -> str:
     if name.endswith("_at") and isinstance(value, float):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if value is None:
+        return "–"
     return str(value)[:12] if name == "bundle_digest" else escape(str(value))
 
 

@@ -10,12 +10,13 @@ import sqlite3
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Event, Thread
 
 import uvicorn
 
-from edge_agent import bundles, catalog, database, decode, hub_change, identity, review, status
+from edge_agent import bundles, catalog, database, decode, device_key, hub_change, identity, review, status
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
 from edge_agent.delivery import Delivery
@@ -34,6 +35,7 @@ Work = Callable[[Event], None]
 WATCH_S = 5.0
 STOP_TIMEOUT_S = 30.0
 DATABASE_RETRY_S = 5.0
+NO_IDENTITY = "identity"  # name of its alarm
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,21 @@ def work_of(config: Config, holder: ActiveBundle, enrolled: identity.Enrolled | 
 
 
 def _enrolled(config: Config) -> identity.Enrolled | None:
-    """A damaged identity keeps the box from the hub, never from its scanners."""
-    try:
-        identity.settle(config.box.data_dir)
-        return identity.load(config.box.data_dir) if identity.is_enrolled(config.box.data_dir) else None
-    except SiteError as error:
-        log.error("no link to the hub: %s (%s)", error, error.advice)
-        return None
+    """A damaged or locked identity keeps the box from the hub, never from its scanners; status tells until it is mended."""
+    data_dir = config.box.data_dir
+    with closing(database.connect(data_dir)) as db:
+        try:
+            identity.settle(data_dir)
+            passphrase = device_key.passphrase()
+            identity.protect(data_dir, passphrase)
+            found = identity.load(data_dir, passphrase) if identity.is_enrolled(data_dir) else None
+        except SiteError as error:
+            text = f"no link to the hub: {error}"
+            log.error("%s (%s)", text, error.advice)
+            database.raise_alarm(db, NO_IDENTITY, f"{text}: {error.advice}", time.time())
+            return None
+        database.end_alarm(db, NO_IDENTITY)
+        return found
 
 
 def watch(workers: list[Worker], stop: Event) -> None:

@@ -15,7 +15,11 @@ from pathlib import Path
 
 from fleet_link.errors import SiteError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+SECRETS_DELETED, SECRETS_FORGOTTEN = (
+    "secrets_deleted",
+    "secrets_forgotten",
+)  # counters: the second is to reach the first
 TIMEOUT_S = 30.0  # a thread waits so long for another's transaction
 # What schema.sql cannot do to a table that is there already, by the version that it leads to.
 CHANGES = {2: "ALTER TABLE quarantine ADD COLUMN SOPInstanceUID TEXT NOT NULL DEFAULT ''"}
@@ -74,13 +78,31 @@ class transaction:  # noqa: N801 - reads as a statement: `with transaction(db):`
         self._db.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
-def forget_on_disk(db: sqlite3.Connection) -> None:
-    """What was deleted leaves the write-ahead log too; where another thread reads at this moment, with the log's next turn."""
+def note_secret_deleted(db: sqlite3.Connection) -> None:
+    """In the transaction that deletes it: there is something to forget from then on, also after a power cut."""
+    count(db, SECRETS_DELETED)
+
+
+def has_to_forget(db: sqlite3.Connection) -> bool:
+    """Whether a deleted secret may still be in the write-ahead log."""
+    return counter(db, SECRETS_FORGOTTEN) < counter(db, SECRETS_DELETED)
+
+
+def forget_on_disk(db: sqlite3.Connection) -> bool:
+    """What was deleted leaves the write-ahead log too. False where another thread reads or writes at this moment: try again.
+
+    Nothing is waited for. Source: SQLite, PRAGMA wal_checkpoint: TRUNCATE ends with no reader left that needs the log.
+    """
+    deleted = counter(db, SECRETS_DELETED)
     db.execute("PRAGMA busy_timeout=0")
     try:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        is_busy = bool(db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
     finally:
         db.execute(f"PRAGMA busy_timeout={int(TIMEOUT_S * 1000)}")
+    if is_busy:
+        return False
+    keep(db, SECRETS_FORGOTTEN, deleted)
+    return True
 
 
 def count(db: sqlite3.Connection, name: str, amount: int = 1) -> None:

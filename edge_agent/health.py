@@ -15,7 +15,7 @@ from pathlib import Path
 from edge_agent import database, ledger, renewal, retention
 from edge_agent.bundles import Active
 from edge_agent.config import Config
-from edge_agent.identity import Enrolled
+from edge_agent.identity import Life
 from edge_agent.rounds import State
 from fleet_link.messages import Heartbeat, RoundStatus
 
@@ -27,7 +27,7 @@ MAX_ROUNDS = 16
 MAX_ALARMS = 16
 MAX_ALARM_CHARACTERS = 300
 SAID_ROUNDS = (
-    *(State.TRAINING, State.KEYED, State.SHARED, State.UPLOADING, State.AGREED, State.UNMASKED),
+    *(State.PREPARING, State.TRAINING, State.KEYED, State.SHARED, State.UPLOADING, State.AGREED, State.UNMASKED),
     *(State.DELIVERED, State.INVITED, State.DECLINED),
 )
 
@@ -99,8 +99,14 @@ def count(db: sqlite3.Connection) -> Counts:
 def round_statuses(db: sqlite3.Connection) -> tuple[RoundStatus, ...]:
     """Rounds that the hub has not closed; those in work first."""
     known = [entry for state in SAID_ROUNDS for entry in ledger.in_states(db, state)]
+    stale = dict(db.execute("SELECT round_id, staleness FROM stale_updates").fetchall())
     return tuple(
-        RoundStatus(round_id=entry.round_id, state=entry.state.value, reason=entry.reason)
+        RoundStatus(
+            round_id=entry.round_id,
+            state=entry.state.value,
+            reason=entry.reason,
+            staleness=stale.get(entry.round_id, 0),
+        )
         for entry in known[:MAX_ROUNDS]
     )
 
@@ -113,11 +119,11 @@ def _newest(texts: list[str]) -> tuple[str, ...]:
     return tuple(text[:MAX_ALARM_CHARACTERS] for text in texts[-MAX_ALARMS:])
 
 
-def certificate_notices(enrolled: Enrolled, now: float) -> list[str]:
+def certificate_notices(life: Life, now: float) -> list[str]:
     """It is renewed by itself: said only where that should have happened long ago."""
-    if now < renewal.overdue_at(enrolled):
+    if now < renewal.overdue_at(life):
         return []
-    days = enrolled.days_left(now)
+    days = life.days_left(now)
     state = "has expired" if days < 0 else f"ends in {int(days)} days" if days >= 1 else "ends within a day"
     return [f"the certificate {state}: {RENEW_ADVICE}"]
 

@@ -42,6 +42,7 @@ def _follow_hub(db: sqlite3.Connection, data_dir: Path, theirs: int, now: float)
         for known in ledger.in_states(db, *ledger.OPEN_STATES):
             reason = Outcome(reason="this box has moved to another hub")
             ledger.apply(db, data_dir, known.round_id, Event.CLOSED_BY_HUB, now, reason)
+        ledger.abandon_spool(db, data_dir, "this box has moved to another hub", now)
     with database.transaction(db):
         if before:
             db.execute("DELETE FROM link_outbox")

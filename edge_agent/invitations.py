@@ -10,10 +10,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from edge_agent import bundles, learn, ledger, masked, policy, privacy, replay, rounds
+from edge_agent import bundles, learn, ledger, masked, policy, privacy, replay, rounds, spool
 from edge_agent.config import Config
 from edge_agent.ledger import Outcome, Round
-from edge_agent.rounds import COUNTED, Event, State
+from edge_agent.rounds import COUNTED, WITH_SECRETS, Event, State
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Identity
 
@@ -33,7 +33,7 @@ def take(db: sqlite3.Connection, config: Config, identity: Identity, plan: Round
 
 
 def _answer_again(known: Round, data_dir: Path, device: str) -> tuple[Event, Outcome]:
-    if known.state is State.CLOSED:
+    if known.state in (State.CLOSED, State.LATE):
         return Event.INVITATION, Outcome(reason=known.reason or "the round is over on this box")
     if known.state not in COUNTED:
         return Event.INVITATION, Outcome()
@@ -59,12 +59,15 @@ def close_expired(db: sqlite3.Connection, data_dir: Path, now: float) -> None:
 
 def _judge(db: sqlite3.Connection, config: Config, identity: Identity, invited: Round, now: float) -> None:
     plan = invited.plan
+    examples = learn.examples(db, config.policy.tasks, "train")
+    waiting = spool.usable(db, plan, config.policy, now) if plan.buffer else None
     base = bundles.base_file(db, config.box.data_dir, plan.base_digest)
     facts = policy.Facts(
         base_here=base is not None,
-        train_examples=len(learn.examples(db, config.policy.tasks, "train")),
+        train_examples=max(len(examples), waiting.examples if waiting else 0),
         local_minute=policy.local_minute(now),
-        new_since_opened=replay.new_since_opened(db, plan, config.policy.tasks) if plan.kind == "masked" else None,
+        # Of an update that waits the spool has asked the same.
+        new_since_opened=None if waiting else replay.new_since_opened(db, plan.base_digest, examples),
         cost=privacy.cost_of(plan, base, config.policy.min_cohort) if plan.noise and base is not None else None,
         costs_before=tuple(privacy.spent_or_pledged(db)),
     )
@@ -72,14 +75,16 @@ def _judge(db: sqlite3.Connection, config: Config, identity: Identity, invited: 
         return
     if plan.kind == "masked" and not plan.noise and _is_in_another(db, plan) and now < plan.deadline_unix_s:
         return
-    reason = policy.may_join(plan, config.policy, facts, now)
+    reason = _against_buffer(plan) or policy.may_join(plan, config.policy, facts, now)
     if reason and _is_too_early(db, config, invited, facts, now):
         return
     event = Event.REFUSED_HERE if reason else Event.ADMITTED
     outcome = Outcome(examples=facts.train_examples, reason=reason)
     if plan.kind == "masked" and not reason:
-        part, keys = masked.begin(plan, identity, config.policy.min_cohort)
-        outcome = replace(outcome, part=part, said=keys, cost=facts.cost)
+        outcome = replace(outcome, cost=facts.cost)
+        if not plan.buffer:  # else the learner says them, once there is an update
+            part, keys = masked.begin(plan, identity, config.policy.min_cohort)
+            outcome = replace(outcome, part=part, said=keys)
     ledger.apply(db, config.box.data_dir, plan.round_id, event, now, outcome)
 
 
@@ -87,8 +92,21 @@ def _is_in_another(db: sqlite3.Connection, plan: RoundPlan) -> bool:
     """In another masked round: of two sums at a time the difference could be one site's update. It is waited for."""
     return any(
         other.round_id != plan.round_id and other.plan.kind == "masked"
-        for other in ledger.in_states(db, *rounds.WITH_SECRETS)
+        for other in ledger.in_states(db, State.PREPARING, *WITH_SECRETS)
     )
+
+
+def _against_buffer(plan: RoundPlan) -> str:
+    """Gives "" unless the plan of a buffered round says what no honest hub does."""
+    if not plan.buffer:
+        return "the plan lists bases, and is of no buffered round" if plan.bases else ""
+    if plan.bases[:1] != (plan.base_digest,) or len(set(plan.bases)) != len(plan.bases):
+        return "the plan's bases do not begin with its own, or list one twice"
+    if plan.kind == "masked" and not plan.min_cohort <= plan.buffer <= plan.boxes_max:
+        return f"a buffer of {plan.buffer}, and at least {plan.min_cohort}, at most {plan.boxes_max} boxes stand in the sum"
+    if plan.share < 1.0:
+        return "a buffered round trains all weights: an older update would be of another drawn share"
+    return ""
 
 
 def _is_too_early(db: sqlite3.Connection, config: Config, invited: Round, facts: policy.Facts, now: float) -> bool:

@@ -196,8 +196,9 @@ def train(plan: RoundPlan, base: Bundle, folder: Path, learning: Learning, stopp
     command = [*GUARD, "nice", "-n", str(learning.nice), sys.executable, "-P", "-m", "models.training", "finetune"]
     command += ["--bundle", str(base.path), "--examples", str(folder), "--out", str(out)]
     command += ["--epochs", str(plan.epochs), "--lr", str(plan.learning_rate), "--trainable", plan.trainable]
-    # The seed of a masked round's training is the box's own: two rounds of one plan must not give the same update.
-    seed = secrets.randbelow(1 << 31) if plan.kind == "masked" else plan.seed
+    # The seed of a masked round's training is the box's own: two rounds of one plan must not give the same update. So is
+    # that of a buffered one: a later one, which may be masked, may have the update.
+    seed = secrets.randbelow(1 << 31) if plan.kind == "masked" or plan.buffer else plan.seed
     command += ["--seed", str(seed), "--threads", str(learning.threads)]
     if plan.share < 1.0:
         command += ["--share", str(plan.share), "--share-seed", plan_digest(plan).hex()]

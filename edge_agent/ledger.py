@@ -1,7 +1,7 @@
 """Rounds, durable messages and outgoing transfers as rows: what link, learner and installer hand to one another.
 
-Reads and writes the tables rounds, masked_parts, privacy_costs, link_outbox and transfers_out; rounds.py decides, this
-file stores.
+Reads and writes the tables rounds, masked_parts, spool, privacy_costs, link_outbox and transfers_out; rounds.py decides,
+this file stores.
 Never talks to the hub and never trains.
 Source: ARCHITECTURE.md, "The house": every hand-over inside the box is a row on disk.
 """
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent import database, masking, privacy, replay, rounds
+from edge_agent import database, masking, privacy, replay, rounds, spool
 from edge_agent.database import transaction
 from edge_agent.masking import Part
-from edge_agent.rounds import Command, Event, State
+from edge_agent.rounds import Command, Event, Kind, State
+from edge_agent.spool import Spooled
 from fleet_link import chunks, messages
 from fleet_link.errors import WardroundError
 from fleet_link.messages import (
@@ -60,6 +61,8 @@ class Outcome:
     update_path: str | None = None  # relative to data_dir
     part: Part | None = None  # in a masked round, after the event
     cost: Cost | None = None  # of joining a round with noise
+    spooled: Spooled | None = None  # in a buffered round: trained, and in no sum yet
+    used: tuple[Spooled, int] | None = None  # in a buffered round: what was sealed, and its staleness
     said: Stage | None = field(default=None, repr=False)  # in a masked round, at this stage; may hold shares
 
 
@@ -106,7 +109,7 @@ def apply(
         before = find(db, round_id)
         if before is None:
             return None
-        state, commands = rounds.advance(before.plan.kind, before.state, event)
+        state, commands = rounds.advance(kind_of(before.plan), before.state, event)
         if state is before.state and not commands:
             return state
         after = _store(db, before, state, outcome, now)
@@ -119,6 +122,22 @@ def apply(
     if state is not before.state:
         log.info("round %s: %s -> %s%s", round_id, before.state, state, f" ({after.reason})" if after.reason else "")
     return state
+
+
+def kind_of(plan: RoundPlan) -> Kind:
+    if not plan.buffer:
+        return plan.kind
+    return "buffered_masked" if plan.kind == "masked" else "buffered_open"
+
+
+def abandon_spool(db: sqlite3.Connection, data_dir: Path, why: str, now: float) -> None:
+    """What was trained and is in no sum goes, and nothing more is trained for later."""
+    for known in in_states(db, State.LATE):
+        apply(db, data_dir, known.round_id, Event.FAILED, now, Outcome(reason=why))
+    waiting = spool.find(db)
+    if waiting is not None:
+        log.info("the spooled update of round %s is thrown away: %s", waiting.round_id, why)
+        spool.drop(db)
 
 
 def part_of(db: sqlite3.Connection, round_id: str) -> Part | None:
@@ -183,8 +202,8 @@ def end_stray_alarms(db: sqlite3.Connection) -> None:
     prefix = work_name("")
     db.execute(
         "DELETE FROM alarms WHERE substr(name, 1, ?) = ?"
-        " AND substr(name, ?) NOT IN (SELECT round_id FROM rounds WHERE state = ?)",
-        (len(prefix), prefix, len(prefix) + 1, State.TRAINING),
+        " AND substr(name, ?) NOT IN (SELECT round_id FROM rounds WHERE state IN (?, ?, ?))",
+        (len(prefix), prefix, len(prefix) + 1, *rounds.TO_WORK_ON),
     )
 
 
@@ -204,6 +223,11 @@ def _store(db: sqlite3.Connection, before: Round, state: State, outcome: Outcome
         "UPDATE rounds SET state = ?, examples = ?, update_path = ?, reason = ?, changed_at = ? WHERE round_id = ?",
         (after.state, after.examples, after.update_path, after.reason, after.changed_at, after.round_id),
     )
+    if outcome.used is not None and state is State.UPLOADING:
+        used, staleness = outcome.used
+        db.execute(
+            "INSERT OR REPLACE INTO stale_updates VALUES (?, ?, ?)", (after.round_id, used.base_digest, staleness)
+        )
     return after
 
 
@@ -232,10 +256,17 @@ def _carry_out(db: sqlite3.Connection, command: Command, of: Round, outcome: Out
         privacy.pledge(db, of.round_id, outcome.cost)
     elif command is Command.SPEND_PRIVACY:
         privacy.spend(db, of.round_id)
+    elif command is Command.KEEP_SPOOL and outcome.spooled is not None:
+        spool.keep(db, outcome.spooled)
+    elif command is Command.SHOW_SPOOL:
+        spool.show(db)
+    elif command is Command.DROP_SPOOL:
+        spool.drop(db)
 
 
 def _drop_part(db: sqlite3.Connection, round_id: str) -> None:
     db.execute("DELETE FROM masked_parts WHERE round_id = ?", (round_id,))
+    database.note_secret_deleted(db)
     for waiting in pending(db):
         if isinstance(waiting, Stage) and waiting.round_id == round_id:
             received(db, waiting.message_id)

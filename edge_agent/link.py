@@ -57,7 +57,7 @@ SENT_SEQUENCE = "sent_sequence"  # counter: no higher one was given to a message
 
 def open_bus(enrolled: Enrolled, hub: Hub) -> Bus:
     """Not started yet."""
-    files, address = enrolled.folder, enrolled.address_now(hub)
+    files, address = enrolled.folder, enrolled.address.under(hub)
     config = BusConfig(
         host=address.mqtt_host,
         port=address.mqtt_port,
@@ -65,6 +65,7 @@ def open_bus(enrolled: Enrolled, hub: Hub) -> Bus:
         ca_path=files.ca,
         certificate_path=files.certificate,
         key_path=files.key,
+        key_passphrase=enrolled.passphrase,
     )
     return Bus(config, [device_subscription(enrolled.identity.name)])
 
@@ -174,8 +175,9 @@ class Conversation:
             case Cohort() | SharesForwarded() | Survivors() | Agreement():
                 masked.take(self._db, self._data_dir, self._link.enrolled, message, now)
             case RoundClosed():
+                event = Event.CLOSED_BY_HUB if message.outcome == "released" else Event.LEFT_OUT
                 outcome = ledger.Outcome(reason=message.reason or None)
-                ledger.apply(self._db, self._data_dir, message.round_id, Event.CLOSED_BY_HUB, now, outcome)
+                ledger.apply(self._db, self._data_dir, message.round_id, event, now, outcome)
             case ReleaseOffer():
                 request = releases.take_offer(self._db, self._link.enrolled.folder, message, now)
                 if request is not None:
@@ -207,6 +209,8 @@ class Conversation:
         self._guarded(invitations.judge_waiting, self._db, self._link.config, self._link.enrolled.identity, now)
         self._guarded(invitations.close_expired, self._db, self._data_dir, now)
         self._guarded(self._transfers.load_outgoing, now)
+        if database.has_to_forget(self._db):
+            self._guarded(database.forget_on_disk, self._db)
         self._keep_counts()
         if self._bus.connected is not self._was_connected:
             self._was_connected = self._bus.connected
@@ -228,7 +232,7 @@ class Conversation:
         """On time, and at once when something that the hub acts upon has changed."""
         active = self._link.holder.current
         link = self._link
-        own, ends = self._current_alarms(), health.certificate_notices(link.enrolled, link.clock())
+        own, ends = self._current_alarms(), health.certificate_notices(link.enrolled.life, link.clock())
         troubles = (*own, *ends, *database.alarms(self._db), *database.notices(self._db))
         tells = (active.digest, active.release_version, health.round_statuses(self._db), troubles)
         moment = time.monotonic()
@@ -258,7 +262,7 @@ class Conversation:
 
     # --- what goes wrong ------------------------------------------------------------------------------
 
-    def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
+    def _guarded(self, step: Callable[..., object], *arguments: object) -> None:
         """Log and go on: the hub says everything that matters again. Distrust and this site's trouble are also alarms."""
         try:
             step(*arguments)

@@ -11,7 +11,7 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from edge_agent import database, learn
+from edge_agent import database
 from edge_agent.learn import Example
 from edge_agent.rounds import COUNTED, State
 from fleet_link import messages
@@ -54,14 +54,19 @@ def learned_up_to(db: sqlite3.Connection) -> dict[str, int]:
     return found
 
 
-def new_since_opened(db: sqlite3.Connection, plan: RoundPlan, tasks: Sequence[str]) -> int | None:
-    """Verdicts to train on that no opened sum over the plan's base has seen; None where there is no such sum."""
+def new_since_opened(db: sqlite3.Connection, base_digest: str, examples: Sequence[Example]) -> int | None:
+    """How many of `examples` no opened sum with an update over this base has seen; None where there is no such sum.
+
+    What counts is what the box's update was trained from: in a buffered round that may be older than the plan's base.
+    """
     opened = [
         row["round_id"]
         for row in db.execute(
-            "SELECT round_id, plan FROM rounds r JOIN counters c ON c.name = ? || r.round_id", (OPENED,)
+            "SELECT r.round_id, r.plan, s.base_digest FROM rounds r JOIN counters c ON c.name = ? || r.round_id"
+            " LEFT JOIN stale_updates s ON s.round_id = r.round_id",
+            (OPENED,),
         )
-        if _base_of(row["plan"]) == plan.base_digest
+        if (row["base_digest"] or _base_of(row["plan"])) == base_digest
     ]
     if not opened:
         return None
@@ -69,7 +74,7 @@ def new_since_opened(db: sqlite3.Connection, plan: RoundPlan, tasks: Sequence[st
         modality: max(database.counter(db, _counter(modality, round_id)) for round_id in opened)
         for modality in MODALITIES
     }
-    return sum(is_new(example, seen) for example in learn.examples(db, tasks, "train"))
+    return sum(is_new(example, seen) for example in examples)
 
 
 def note_opened(db: sqlite3.Connection, round_id: str) -> None:

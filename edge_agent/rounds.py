@@ -2,7 +2,7 @@
 
 Reads and writes nothing: (kind, state, event) in, (state, commands) out; ledger.py keeps the row.
 Never reads a clock, a file or the policy.
-Source: ARCHITECTURE.md, "Rounds"; the hub's mirror is cloud_hub/rounds.py.
+Source: ARCHITECTURE.md, "Rounds"; buffered rounds: Nguyen et al. 2022 (FedBuff); the hub's mirror is cloud_hub/rounds.py.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,16 @@ from typing import Literal
 
 GIVE_UP_AFTER_S = 7 * 24 * 3600.0  # a sealed update that the hub never asked for again leaves the disk
 
-Kind = Literal["unsafe_open", "masked"]
+Kind = Literal["unsafe_open", "masked", "buffered_open", "buffered_masked"]
 
 
 class State(StrEnum):
-    """Beside each state, the facts that make it true. KEYED, SHARED, AGREED and UNMASKED are of masked rounds only."""
+    """Beside each state, the facts that make it true. KEYED, SHARED, AGREED and UNMASKED are of masked rounds only;
+    PREPARING and LATE of buffered ones, in which TRAINING is no more than the sealing of what was prepared.
+    """
 
     INVITED = "invited"  # plan on disk; base bundle still on its way, nothing answered
+    PREPARING = "preparing"  # joined; the learner trains, or finds an update that no sum has yet in the spool
     DECLINED = "declined"  # answer with reason is in the outbox or received; nothing will be sent
     KEYED = "keyed"  # joined; secrets on disk, public keys in the outbox or received
     SHARED = "shared"  # one cohort entered, for good; shares for the neighbours in the outbox or received
@@ -27,6 +30,7 @@ class State(StrEnum):
     DELIVERED = "delivered"  # the hub has the update and has counted it
     AGREED = "agreed"  # one pair of survivor lists signed, for good; the signature in the outbox or received
     UNMASKED = "unmasked"  # the neighbours' shares that open the sum are in the outbox or received
+    LATE = "late"  # over for this box, but for the training: its update goes into the spool, for a later round
     CLOSED = "closed"  # over for this box; its update file may go
 
 
@@ -34,16 +38,18 @@ class Event(StrEnum):
     INVITATION = "invitation"  # the hub sent the plan of a known round once more: it missed the answer, or was restored
     ADMITTED = "admitted"  # policy and facts allow it
     REFUSED_HERE = "refused-here"  # policy or facts forbid it
+    PREPARED = "prepared"  # buffered: an update is in the spool
     COHORT_ENTERED = "cohort-entered"  # the cohort is sound; this box's secrets are shared among its neighbours
     SHARES_OPENED = "shares-opened"  # the neighbours' shares are here: whom to mask against is known
     SEALED = "sealed"  # the sealed update is on disk
     FAILED = "failed"  # training, sealing or a stage of a masked round failed for good
-    LOST = "lost"  # the sealed update is no longer on the disk
+    LOST = "lost"  # the sealed update, or the one in the spool, is no longer on the disk
     ACCEPTED = "accepted"  # the hub's receipt for the update
     REJECTED = "rejected"  # the hub refuses the update
     SURVIVORS_SIGNED = "survivors-signed"  # the lists of who is in the sum are sound, and signed
     UNMASK_GIVEN = "unmask-given"  # enough neighbours signed the same lists: one share of each is given
     CLOSED_BY_HUB = "closed-by-hub"
+    LEFT_OUT = "left-out"  # closed by the hub, and nothing was made of this box's update
     DEADLINE = "deadline"  # the plan's deadline has passed
     GIVEN_UP = "given-up"  # GIVE_UP_AFTER_S later the hub has still not closed it
 
@@ -60,6 +66,9 @@ class Command(StrEnum):
     OFFER_UPDATE = "offer-update"
     DROP_TRANSFER = "drop-transfer"
     DROP_UPDATE = "drop-update"
+    KEEP_SPOOL = "keep-spool"  # the raw update that came with the event; one that is there already stays
+    SHOW_SPOOL = "show-spool"  # the hub may read it from now on: no masked sum may hide it among others any more
+    DROP_SPOOL = "drop-spool"  # it is in a sum, or another update is: no update is ever in two
 
 
 S, E, C = State, Event, Command
@@ -79,7 +88,7 @@ OPEN: Table = MappingProxyType(
         (S.DECLINED, E.CLOSED_BY_HUB): (S.CLOSED, ()),
         (S.DECLINED, E.DEADLINE): (S.CLOSED, ()),
         (S.TRAINING, E.INVITATION): (S.TRAINING, (C.SAY_YES,)),
-        (S.TRAINING, E.SEALED): (S.UPLOADING, (C.OFFER_UPDATE,)),
+        (S.TRAINING, E.SEALED): (S.UPLOADING, (C.OFFER_UPDATE, C.DROP_SPOOL)),
         (S.TRAINING, E.FAILED): (S.DECLINED, (C.SAY_NO,)),
         (S.TRAINING, E.CLOSED_BY_HUB): (S.CLOSED, ()),
         (S.TRAINING, E.DEADLINE): (S.CLOSED, (C.SAY_NO,)),
@@ -118,7 +127,7 @@ MASKED: Table = MappingProxyType(
     | {
         (S.KEYED, E.COHORT_ENTERED): (S.SHARED, (C.KEEP_PART, C.SAY_STAGE)),
         (S.SHARED, E.SHARES_OPENED): (S.TRAINING, (C.KEEP_PART,)),
-        (S.TRAINING, E.SEALED): (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE)),
+        (S.TRAINING, E.SEALED): (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE, C.DROP_SPOOL)),
         (S.UPLOADING, E.ACCEPTED): (S.DELIVERED, (C.DROP_TRANSFER,)),
         (S.UPLOADING, E.REJECTED): (S.CLOSED, (C.DROP_PART, *_END)),
         # The lists name this box: the hub has its update, though its receipt was lost.
@@ -128,7 +137,57 @@ MASKED: Table = MappingProxyType(
         (S.UNMASKED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE,)),
     }
 )
-TABLES: Mapping[Kind, Table] = MappingProxyType({"unsafe_open": OPEN, "masked": MASKED})
+
+# A buffered round: trained first, said afterwards; who is late goes on training for a later one.
+_PREPARES: Table = MappingProxyType(
+    {
+        (S.INVITED, E.ADMITTED): (S.PREPARING, (C.SAY_YES, C.PLEDGE_PRIVACY)),
+        (S.PREPARING, E.INVITATION): (S.PREPARING, (C.SAY_YES,)),
+        (S.PREPARING, E.FAILED): (S.DECLINED, (C.SAY_NO, C.DROP_PART)),
+        (S.PREPARING, E.CLOSED_BY_HUB): (S.LATE, (C.DROP_PART,)),
+        (S.PREPARING, E.DEADLINE): (S.LATE, (C.SAY_NO, C.DROP_PART)),
+        (S.LATE, E.INVITATION): (S.LATE, (C.SAY_NO,)),
+        (S.LATE, E.PREPARED): (S.CLOSED, (C.KEEP_SPOOL,)),
+        (S.LATE, E.FAILED): (S.CLOSED, ()),
+        (S.LATE, E.GIVEN_UP): (S.CLOSED, ()),
+    }
+)
+BUFFERED_MASKED: Table = MappingProxyType(
+    dict(MASKED) | dict(_PREPARES) | {(S.PREPARING, E.PREPARED): (S.KEYED, (C.KEEP_SPOOL, C.KEEP_PART, C.SAY_STAGE))}
+)
+# The spool is kept until the hub's receipt: what it refuses or has no room for is sealed anew for the next round.
+BUFFERED_OPEN: Table = MappingProxyType(
+    dict(OPEN)
+    | dict(_PREPARES)
+    | {
+        (S.PREPARING, E.PREPARED): (S.TRAINING, (C.KEEP_SPOOL,)),
+        (S.TRAINING, E.LOST): (S.PREPARING, ()),
+        (S.TRAINING, E.SEALED): (S.UPLOADING, (C.OFFER_UPDATE, C.SHOW_SPOOL)),
+        (S.UPLOADING, E.ACCEPTED): (S.DELIVERED, (C.DROP_TRANSFER, C.DROP_SPOOL)),
+        (S.UPLOADING, E.LEFT_OUT): (S.CLOSED, _END),
+        # It may have been counted, and the receipt was lost.
+        (S.UPLOADING, E.CLOSED_BY_HUB): (S.CLOSED, (C.DROP_SPOOL, *_END)),
+        (S.UPLOADING, E.GIVEN_UP): (S.CLOSED, (C.DROP_SPOOL, *_END)),
+    }
+)
+
+
+def _with_left_out(table: Table) -> Table:
+    """Where nothing else is said, being left out is being closed."""
+    closed = {(state, E.LEFT_OUT): row for (state, event), row in table.items() if event is E.CLOSED_BY_HUB}
+    return MappingProxyType(closed | dict(table))
+
+
+TABLES: Mapping[Kind, Table] = MappingProxyType(
+    {
+        "unsafe_open": _with_left_out(OPEN),
+        "masked": _with_left_out(MASKED),
+        "buffered_open": _with_left_out(BUFFERED_OPEN),
+        "buffered_masked": _with_left_out(BUFFERED_MASKED),
+    }
+)
+TO_WORK_ON = (S.LATE, S.PREPARING, S.TRAINING)  # by the learner
+BEFORE_SEALING = (S.LATE, S.PREPARING)
 
 
 def advance(kind: Kind, state: State, event: Event) -> tuple[State, tuple[Command, ...]]:
@@ -140,6 +199,6 @@ def expired(state: State, deadline_unix_s: float, now: float) -> Event | None:
     """What the clock says about a round. A ready update outlives the deadline: the hub may have been away."""
     if state is S.CLOSED or now < deadline_unix_s:
         return None
-    if state in WITH_UPDATE:
+    if state in (*WITH_UPDATE, S.LATE):
         return E.GIVEN_UP if now >= deadline_unix_s + GIVE_UP_AFTER_S else None
     return E.DEADLINE

@@ -121,6 +121,25 @@ CREATE TABLE IF NOT EXISTS masked_parts (          -- of masked rounds that are 
   part               BLOB NOT NULL                 -- edge_agent.masking.Part, with its secrets
 );
 
+CREATE TABLE IF NOT EXISTS spool (                 -- a trained update that no sum has: one at most; outlives its round
+  only               INTEGER PRIMARY KEY CHECK (only = 1),
+  round_id           TEXT NOT NULL,                -- that it was trained for
+  base_digest        TEXT NOT NULL,                -- that it was trained from
+  trainable          TEXT NOT NULL,
+  examples           INTEGER NOT NULL,             -- its weight
+  learned            TEXT NOT NULL,                -- JSON of edge_agent.learn.Example: what it was trained on
+  path               TEXT NOT NULL,                -- safetensors: float32, neither clipped nor scaled
+  sha256             TEXT NOT NULL,
+  made_at            REAL NOT NULL,
+  is_shown           INTEGER NOT NULL DEFAULT 0    -- 1 once it was sealed for an open round: the hub may have read it
+);
+
+CREATE TABLE IF NOT EXISTS stale_updates (         -- of buffered rounds: what the sealed update was trained from
+  round_id           TEXT PRIMARY KEY REFERENCES rounds(round_id) ON DELETE CASCADE,
+  base_digest        TEXT NOT NULL,
+  staleness          INTEGER NOT NULL              -- releases between that base and the round's
+);
+
 CREATE TABLE IF NOT EXISTS privacy_costs (         -- of rounds with noise; outlives its round: what was spent is never forgotten
   cost_no            INTEGER PRIMARY KEY,
   round_id           TEXT NOT NULL,

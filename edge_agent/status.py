@@ -17,7 +17,9 @@ from typing import Any
 from edge_agent import database, health, identity, privacy, task_status
 from edge_agent.config import Config, Policy
 from edge_agent.task_status import TaskStatus
+from fleet_link import messages
 from fleet_link.errors import SiteError
+from fleet_link.messages import RoundPlan
 from models import accountant
 
 LOCK = "run.lock"
@@ -40,6 +42,7 @@ class Status:
     failed: list[dict[str, Any]]
     pacs: list[dict[str, Any]]  # results that the PACS has not taken yet
     rounds: list[dict[str, Any]]
+    spool: dict[str, Any]  # an update that waits for a buffered round; empty where there is none
     privacy: dict[str, Any]  # what rounds with noise have cost this site
     refused_bundles: list[dict[str, Any]]
     disk_free_bytes: int
@@ -80,11 +83,11 @@ def gather(config: Config) -> Status:
     try:
         running = is_running(data_dir)
         free = health.free_bytes(data_dir)
-        enrolled = identity.load(data_dir) if identity.is_enrolled(data_dir) else None
+        enrolled = identity.known(data_dir) if identity.is_enrolled(data_dir) else None
         return Status(
             running=running,
             device=enrolled.address.device if enrolled else "",
-            certificate_days_left=math.floor(enrolled.days_left(time.time())) if enrolled else None,
+            certificate_days_left=math.floor(enrolled.life.days_left(time.time())) if enrolled else None,
             hub_connected=running and bool(database.counter(db, "hub_connected")),
             bundle=next(iter(_rows(db, "SELECT * FROM bundles WHERE state = 'active'")), {}),
             series={
@@ -95,12 +98,13 @@ def gather(config: Config) -> Status:
             quarantine=_newest(db, "quarantine", "quarantine_no, size, reason, calling_ae, received_at, path"),
             failed=_newest(db, "series", "series_no, Modality, state, reason", "state IN ('failed', 'not-for-us')"),
             pacs=_newest(db, "outbox", "item_no, kind, state, attempts, last_error", "state <> 'delivered'"),
-            rounds=_newest(db, "rounds", "round_id, state, examples, reason, changed_at"),
+            rounds=_rounds(db),
+            spool=next(iter(_rows(db, "SELECT round_id, base_digest, examples, made_at FROM spool")), {}),
             privacy=_spent(db, config.policy),
             refused_bundles=_newest(db, "bundles", "bundle_digest, release_version, reason", "state = 'refused'"),
             disk_free_bytes=free,
             alarms=health.alarms(db, config, free),
-            notices=database.notices(db) + (health.certificate_notices(enrolled, time.time()) if enrolled else []),
+            notices=database.notices(db) + (health.certificate_notices(enrolled.life, time.time()) if enrolled else []),
         )
     finally:
         db.close()
@@ -114,6 +118,20 @@ def _spent(db: sqlite3.Connection, policy: Policy) -> dict[str, Any]:
         "epsilon_max": policy.epsilon_max,
         "delta": policy.delta,
     }
+
+
+def _rounds(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    """`buffer`: of the plan, 0 where it is not a buffered one. `staleness`: of the update sealed for it."""
+    found = db.execute(
+        "SELECT r.round_id, r.state, r.examples, s.staleness, r.reason, r.changed_at, r.plan FROM rounds r"
+        " LEFT JOIN stale_updates s USING (round_id) ORDER BY r.rowid DESC LIMIT ?",
+        (SHOWN,),
+    )
+    rows = [dict(row) for row in found]
+    for row in rows:
+        plan = messages.decode(row.pop("plan"))
+        row["buffer"] = plan.buffer if isinstance(plan, RoundPlan) else 0
+    return rows
 
 
 def _newest(db: sqlite3.Connection, table: str, columns: str, where: str = "1") -> list[dict[str, Any]]:

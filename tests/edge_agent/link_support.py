@@ -20,7 +20,7 @@ from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian,
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from edge_agent import bundles, config, database, identity, ledger
+from edge_agent import bundles, config, database, device_key, identity, ledger
 from edge_agent.bundles import ActiveBundle
 from edge_agent.identity import Enrolled, Folder, HubAddress
 from fleet_link import bus, chunks, envelope, sealing
@@ -211,7 +211,7 @@ def enrol_offline(data_dir: Path, authority: TestAuthority, mqtt_port: int, devi
         (here.path / f"{device}.key").rename(here.key)
     address = HubAddress(device, "https://localhost:1", "localhost", mqtt_port)
     here.address.write_bytes(msgspec.json.encode(address))
-    return identity.load(data_dir)
+    return identity.load(data_dir, device_key.passphrase())
 
 
 def write_radiograph(path: Path, patient: str, *, bright: bool) -> dict[str, str]:

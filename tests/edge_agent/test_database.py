@@ -3,6 +3,8 @@
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -93,28 +95,69 @@ def test_a_database_of_version_3_gets_room_for_masked_rounds(tmp_path: Path) -> 
         db.close()
 
 
+def forget(db: sqlite3.Connection, deletion: str) -> None:
+    with database.transaction(db):
+        db.execute(deletion)
+        database.note_secret_deleted(db)
+
+
 def test_what_is_forgotten_on_disk_is_in_none_of_its_files(tmp_path: Path) -> None:
     db = database.connect(tmp_path)
     secret = os.urandom(40)
     db.execute("INSERT INTO link_outbox VALUES ('a', ?, 0)", (secret,))
     assert any(secret in path.read_bytes() for path in tmp_path.iterdir())
-    db.execute("DELETE FROM link_outbox")
-    database.forget_on_disk(db)
+    forget(db, "DELETE FROM link_outbox")
+    assert database.forget_on_disk(db)
     assert not any(secret in path.read_bytes() for path in tmp_path.iterdir())
     db.close()
 
 
-def test_forgetting_does_not_wait_for_who_reads(tmp_path: Path) -> None:
+def test_a_secret_that_somebody_still_reads_is_forgotten_once_he_has_read(tmp_path: Path) -> None:
+    """Nobody waits for him, what is deleted meanwhile goes too, and a deletion of later begins anew."""
     db, reader = database.connect(tmp_path), database.connect(tmp_path)
-    database.count(db, "x")
+    secrets = [os.urandom(40) for _ in range(3)]
+
+    def on_disk() -> list[bool]:
+        files = [path.read_bytes() for path in tmp_path.iterdir()]
+        return [any(secret in content for content in files) for secret in secrets]
+
+    for number, secret in enumerate(secrets):
+        db.execute("INSERT INTO link_outbox VALUES (?, ?, 0)", (str(number), secret))
     reader.execute("BEGIN")
-    reader.execute("SELECT * FROM counters").fetchall()
-    database.count(db, "x")
-    database.forget_on_disk(db)
+    assert len(reader.execute("SELECT * FROM link_outbox").fetchall()) == 3
+    for number in (0, 1):
+        forget(db, f"DELETE FROM link_outbox WHERE message_id = '{number}'")
+        assert not database.forget_on_disk(db)
+    assert on_disk() == [True, True, True]
+    assert database.has_to_forget(db)
     reader.execute("COMMIT")
-    assert database.counter(reader, "x") == 2
+    assert database.forget_on_disk(db)
+    assert not database.has_to_forget(db)
+    assert on_disk() == [False, False, True]
+    forget(db, "DELETE FROM link_outbox")
+    assert database.forget_on_disk(db)
+    assert on_disk() == [False, False, False]
     db.close()
     reader.close()
+
+
+def test_a_secret_deleted_before_a_power_cut_is_forgotten_after_it(tmp_path: Path) -> None:
+    """Killed between the deletion and the log's end: the next start finds it to be done."""
+    secret = os.urandom(40)
+    script = (
+        "import os, sys; from pathlib import Path; from edge_agent import database;"
+        " db = database.connect(Path(sys.argv[1]));"
+        " db.execute('INSERT INTO link_outbox VALUES (?, ?, 0)', ('a', bytes.fromhex(sys.argv[2])));"
+        " db.execute('BEGIN IMMEDIATE'); db.execute('DELETE FROM link_outbox');"
+        " database.note_secret_deleted(db); db.execute('COMMIT'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), secret.hex()], check=False)
+    assert secret in (tmp_path / "box.db-wal").read_bytes()
+    db = database.connect(tmp_path)
+    assert database.has_to_forget(db)
+    assert database.forget_on_disk(db)
+    assert not any(secret in path.read_bytes() for path in tmp_path.iterdir())
+    db.close()
 
 
 def test_every_table_of_the_schema_is_made(tmp_path: Path) -> None:

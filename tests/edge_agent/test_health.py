@@ -76,11 +76,11 @@ def test_a_certificate_that_was_not_renewed_is_told(box: Box) -> None:
     """A life of 91 days: renewed from day 60.7 on, told from day 75.8 on."""
     start, ends = box.enrolled.life
     assert round((ends - start) / 86400.0) == 91
-    assert health.certificate_notices(box.enrolled, start + 75.5 * 86400.0) == []
-    (soon,) = health.certificate_notices(box.enrolled, start + 76.5 * 86400.0)
+    assert health.certificate_notices(box.enrolled.life, start + 75.5 * 86400.0) == []
+    (soon,) = health.certificate_notices(box.enrolled.life, start + 76.5 * 86400.0)
     assert "ends in 14 days" in soon
     assert "enroll --replace" in soon
-    (late,) = health.certificate_notices(box.enrolled, ends + 1.0)
+    (late,) = health.certificate_notices(box.enrolled.life, ends + 1.0)
     assert "has expired" in late
 
 

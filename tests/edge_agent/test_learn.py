@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from edge_agent import database, learn, ledger, replay
+from edge_agent import database, learn, ledger, replay, status
 from edge_agent.learner import Learner
 from edge_agent.rounds import Event, State
 from fleet_link import sealing
@@ -336,6 +336,22 @@ def test_too_few_usable_examples_are_told_to_the_hub(box: Box, tmp_path: Path) -
     learner(box).step(box.db, Never())  # type: ignore[arg-type]
     assert box.state_of("round-1") == State.DECLINED
     assert "needs 2" in box.rows("rounds")[0]["reason"]
+
+
+def test_a_site_that_keeps_its_weights_back_after_joining_seals_none(
+    tmp_path: Path, authority: TestAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learn, "train", lambda *_: pytest.fail("trained what may not leave"))
+    box = make_box(tmp_path, authority, policy={"weights_may_leave": ["norms"]})
+    open_round(box, tmp_path)
+    learner(box).step(box.db, Never())  # type: ignore[arg-type]
+    assert box.state_of("round-1") == State.DECLINED
+    (answer,) = ledger.pending(box.db)
+    reason = "the round asks for weights that stay at this site: all (policy.weights_may_leave = norms)"
+    assert (answer.joins, answer.reason) == (False, reason)  # type: ignore[union-attr]
+    assert not (box.data_dir / "updates").exists()
+    assert status.gather(box.config).rounds[0]["reason"] == reason
+    box.db.close()
 
 
 def test_a_round_without_its_base_is_declined(box: Box) -> None:

@@ -1,5 +1,6 @@
 """The link over a real Mosquitto, against a working twin of the hub: rounds, releases, refusals, kills at each hand-over."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_agent import bundles, database, learn, ledger, update
+from edge_agent import bundles, database, learn, ledger, status, update
 from edge_agent.link import Link
 from edge_agent.releases import Installer
 from edge_agent.rounds import Event, State
@@ -178,19 +179,27 @@ def test_a_round_from_plan_to_close(house: House) -> None:
     house.until(lambda: not house.box.rows("link_outbox"))
 
 
-def test_a_site_that_does_not_allow_it_says_why(tmp_path: Path, house: House) -> None:
-    house.box.config = make_box(
-        tmp_path, house.authority, house.broker.port, policy={"allow_unsafe_open_rounds": False}
-    ).config
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"allow_unsafe_open_rounds": False}, "policy.allow_unsafe_open_rounds = false"),
+        ({"weights_may_leave": ["norms"]}, "all (policy.weights_may_leave = norms)"),
+    ],
+)
+def test_a_site_that_does_not_allow_it_says_why(
+    tmp_path: Path, house: House, policy: dict[str, object], reason: str
+) -> None:
+    house.box.config = make_box(tmp_path, house.authority, house.broker.port, policy=policy).config
     teach(house.box)
     house.start_link()
     house.hub.say(house.plan())
     house.until(lambda: house.hub.of(RoundAnswer))
     (answer,) = house.hub.of(RoundAnswer)
     assert not answer.joins
-    assert "allow_unsafe_open_rounds" in answer.reason
+    assert reason in answer.reason
     house.until(lambda: any(beat.rounds for beat in house.hub.of(Heartbeat)))
-    assert "allow_unsafe_open_rounds" in house.hub.of(Heartbeat)[-1].rounds[0].reason
+    assert reason in house.hub.of(Heartbeat)[-1].rounds[0].reason
+    assert reason in status.gather(house.box.config).rounds[0]["reason"]
 
 
 def test_an_answer_is_said_until_the_hub_has_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +299,24 @@ def test_a_bad_file_silences_no_heartbeat(house: House) -> None:
     house.until(lambda: "odd.sealed" in house.alarms())
     house.hub.say(house.plan())
     house.until(lambda: house.hub.of(RoundAnswer))
+
+
+def test_a_deleted_secret_that_was_being_read_leaves_the_disk_when_the_link_looks_again(house: House) -> None:
+    join(house)
+    secret, reader = os.urandom(40), database.connect(house.box.data_dir)
+    files = [house.box.data_dir / name for name in ("box.db", "box.db-wal")]
+    house.box.db.execute("INSERT INTO masked_parts VALUES ('round-1', ?)", (secret,))
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT part FROM masked_parts").fetchone()["part"] == secret
+    with database.transaction(house.box.db):
+        house.box.db.execute("DELETE FROM masked_parts")
+        database.note_secret_deleted(house.box.db)
+    looked = len(house.hub.of(Heartbeat))
+    house.until(lambda: len(house.hub.of(Heartbeat)) > looked)
+    assert any(secret in path.read_bytes() for path in files)
+    reader.execute("COMMIT")
+    reader.close()
+    house.until(lambda: not any(secret in path.read_bytes() for path in files))
 
 
 def test_a_message_that_cannot_be_sent_silences_no_heartbeat(house: House, caplog: pytest.LogCaptureFixture) -> None:

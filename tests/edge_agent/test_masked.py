@@ -161,6 +161,22 @@ def test_answer_and_keys_go_out_together(make: Make) -> None:
     assert isinstance(keys, RoundKeys)
 
 
+def test_secrets_of_a_round_that_ended_while_somebody_read_are_forgotten_later(make: Make) -> None:
+    fleet = make()
+    fleet.to_stage("shared")
+    box = fleet.boxes["box-1"]
+    secrets, reader = secrets_of(fleet), database.connect(box.data_dir)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT * FROM masked_parts").fetchall()
+    fleet.close_round()
+    assert on_disk(fleet, secrets) == [True] * 3
+    assert database.has_to_forget(box.db)
+    reader.execute("COMMIT")
+    assert database.forget_on_disk(box.db)
+    assert on_disk(fleet, secrets) == [False] * 3
+    reader.close()
+
+
 def test_whoever_drops_out_after_the_shares_is_taken_off_the_sum(make: Make) -> None:
     fleet = make()
     fleet.to_stage("training")

@@ -2,18 +2,22 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from edge_agent import config
 from edge_agent.config import Policy
-from edge_agent.policy import Facts, may_join, minutes_to_open
+from edge_agent.policy import LEAVE_WITH, Facts, may_join, minutes_to_open
 from fleet_link.messages import RoundPlan
 from models import accountant
+from models.bundle import SHIPPED, read_bundle
+from models.delta import Trainable, trainable_names
 
 OPEN = Policy(
     learn=True,
     tasks=("XR", "CT", "MR"),
+    weights_may_leave=("all",),
     allow_unsafe_open_rounds=True,
     min_cohort=3,
     min_examples=8,
@@ -91,6 +95,42 @@ def test_each_reason_names_what_decides(policy: Policy, facts: Facts, invitation
     assert reason in may_join(invitation, policy, facts, NOW)
 
 
+@pytest.mark.parametrize(
+    ("allowed", "joins"),
+    [
+        (("all",), {"all", "norms", "adapters", "heads"}),
+        (("norms",), {"norms", "heads"}),
+        (("adapters",), {"adapters", "heads"}),
+        (("norms", "adapters"), {"norms", "adapters", "heads"}),
+        (("heads",), {"heads"}),
+        (("heads", "all"), {"all", "norms", "adapters", "heads"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["masked", "unsafe_open"])
+def test_a_round_that_asks_for_other_weights_than_may_leave_is_declined(
+    allowed: tuple[Trainable, ...], joins: set[Trainable], kind: str
+) -> None:
+    strict = replace(OPEN, weights_may_leave=allowed)
+    for trainable in get_args(Trainable):
+        reason = may_join(plan(kind=kind, trainable=trainable), strict, FACTS, NOW)
+        said = f"{trainable} (policy.weights_may_leave = {', '.join(allowed)})"
+        assert reason == ("" if trainable in joins else f"the round asks for weights that stay at this site: {said}")
+
+
+def test_a_drawn_share_of_all_weights_asks_for_all() -> None:
+    strict = replace(OPEN, weights_may_leave=("norms", "adapters"))
+    assert "all (policy.weights_may_leave" in may_join(plan(kind="masked", share=0.01), strict, FACTS, NOW)
+
+
+def test_what_may_leave_together_is_what_the_weights_names_say() -> None:
+    """Of the shipped network: one subset is allowed with another just where all of its weights lie in it."""
+    weights = read_bundle(SHIPPED).weights
+    names = {trainable: set(trainable_names(weights, trainable)) for trainable in get_args(Trainable)}
+    assert len({frozenset(subset) for subset in names.values()}) == len(names)
+    for allowed, together in LEAVE_WITH.items():
+        assert together == {trainable for trainable, subset in names.items() if subset <= names[allowed]}
+
+
 def test_hours_that_begin_before_the_deadline_are_no_reason() -> None:
     at_two = replace(FACTS, local_minute=14 * 60)
     assert may_join(plan(deadline_unix_s=NOW + 9 * 3600), replace(OPEN, hours="22:00-06:00"), at_two, NOW) == ""
@@ -152,3 +192,21 @@ def test_no_more_honest_boxes_are_believed_than_the_sum_has_for_certain(min_coho
 
 def test_a_cost_that_nobody_can_tell_is_too_high() -> None:
     assert "no room" in may_join(plan(**NOISY), OPEN, FACTS, NOW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"share": 0.036, "value_bits": 3, "trainable": "all"}, ""),
+        ({"share": 0.036, "value_bits": 3, "trainable": "heads"}, "a share of 0.036 of heads"),
+        ({"share": 0.036, "value_bits": 12, "trainable": "all"}, "values of 12 bits in an open round"),
+        ({"value_bits": 12}, "values of 12 bits in an open round"),
+    ],
+)
+def test_an_open_round_whose_update_cannot_be_made_is_declined(changes: dict[str, object], reason: str) -> None:
+    said = may_join(plan(kind="unsafe_open", **changes), OPEN, FACTS, NOW)
+    assert said == "" if not reason else reason in said
+
+
+def test_a_masked_round_of_too_few_bits_is_declined() -> None:
+    assert "values of 3 bits, not 4" in may_join(plan(kind="masked", value_bits=3), OPEN, FACTS, NOW)

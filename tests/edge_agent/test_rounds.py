@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 
 from edge_agent.rounds import (
+    BEFORE_SEALING,
     BEFORE_UPDATE,
     COUNTED,
     GIVE_UP_AFTER_S,
@@ -23,7 +24,14 @@ KINDS = get_args(Kind)
 END = (C.DROP_TRANSFER, C.DROP_UPDATE)
 OUT = (C.SAY_NO, C.DROP_PART, *END)
 OPEN_STATES = (S.INVITED, S.TRAINING, S.UPLOADING, S.DELIVERED, S.DECLINED)
-STATES = {"unsafe_open": OPEN_STATES, "masked": tuple(s for s in S if s is not S.CLOSED)}
+MASKED_STATES = tuple(s for s in S if s not in (S.CLOSED, *BEFORE_SEALING))
+STATES = {
+    "unsafe_open": OPEN_STATES,
+    "masked": MASKED_STATES,
+    "buffered_open": (*OPEN_STATES, *BEFORE_SEALING),
+    "buffered_masked": (*MASKED_STATES, *BEFORE_SEALING),
+}
+MASKED_KINDS: tuple[Kind, ...] = ("masked", "buffered_masked")
 LIVING = [(kind, state) for kind in KINDS for state in STATES[kind]]
 
 
@@ -38,7 +46,7 @@ def through(kind: Kind, *events: Event) -> list[tuple[State, tuple[Command, ...]
 def test_an_open_round_that_goes_well() -> None:
     assert through("unsafe_open", E.ADMITTED, E.SEALED, E.ACCEPTED, E.CLOSED_BY_HUB) == [
         (S.TRAINING, (C.SAY_YES,)),
-        (S.UPLOADING, (C.OFFER_UPDATE,)),
+        (S.UPLOADING, (C.OFFER_UPDATE, C.DROP_SPOOL)),
         (S.DELIVERED, (C.DROP_TRANSFER,)),
         (S.CLOSED, (C.DROP_TRANSFER, C.DROP_UPDATE)),
     ]
@@ -51,12 +59,84 @@ def test_a_masked_round_that_goes_well() -> None:
         (S.KEYED, (C.SAY_YES, C.KEEP_PART, C.PLEDGE_PRIVACY, C.SAY_STAGE)),
         (S.SHARED, (C.KEEP_PART, C.SAY_STAGE)),
         (S.TRAINING, (C.KEEP_PART,)),
-        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE)),
+        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE, C.DROP_SPOOL)),
         (S.DELIVERED, (C.DROP_TRANSFER,)),
         (S.AGREED, (C.KEEP_PART, C.SAY_STAGE)),
         (S.UNMASKED, (C.SAY_STAGE, C.NOTE_OPENED)),
         (S.CLOSED, (C.DROP_PART, *END)),
     ]
+
+
+def test_a_buffered_masked_round_trains_before_it_says_its_keys() -> None:
+    events = (E.ADMITTED, E.PREPARED, E.COHORT_ENTERED, E.SHARES_OPENED, E.SEALED)
+    assert through("buffered_masked", *events) == [
+        (S.PREPARING, (C.SAY_YES, C.PLEDGE_PRIVACY)),
+        (S.KEYED, (C.KEEP_SPOOL, C.KEEP_PART, C.SAY_STAGE)),
+        (S.SHARED, (C.KEEP_PART, C.SAY_STAGE)),
+        (S.TRAINING, (C.KEEP_PART,)),
+        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE, C.DROP_SPOOL)),
+    ]
+
+
+def test_a_buffered_open_round_keeps_its_update_until_the_receipt() -> None:
+    assert through("buffered_open", E.ADMITTED, E.PREPARED, E.SEALED, E.ACCEPTED, E.CLOSED_BY_HUB) == [
+        (S.PREPARING, (C.SAY_YES, C.PLEDGE_PRIVACY)),
+        (S.TRAINING, (C.KEEP_SPOOL,)),
+        (S.UPLOADING, (C.OFFER_UPDATE, C.SHOW_SPOOL)),
+        (S.DELIVERED, (C.DROP_TRANSFER, C.DROP_SPOOL)),
+        (S.CLOSED, END),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["buffered_open", "buffered_masked"])
+@pytest.mark.parametrize(
+    ("state", "event", "after", "commands"),
+    [
+        (S.INVITED, E.REFUSED_HERE, S.DECLINED, (C.SAY_NO,)),
+        (S.PREPARING, E.INVITATION, S.PREPARING, (C.SAY_YES,)),
+        (S.PREPARING, E.FAILED, S.DECLINED, (C.SAY_NO, C.DROP_PART)),
+        (S.PREPARING, E.CLOSED_BY_HUB, S.LATE, (C.DROP_PART,)),
+        (S.PREPARING, E.LEFT_OUT, S.LATE, (C.DROP_PART,)),
+        (S.PREPARING, E.DEADLINE, S.LATE, (C.SAY_NO, C.DROP_PART)),
+        (S.LATE, E.PREPARED, S.CLOSED, (C.KEEP_SPOOL,)),
+        (S.LATE, E.INVITATION, S.LATE, (C.SAY_NO,)),
+        (S.LATE, E.CLOSED_BY_HUB, S.LATE, ()),
+        (S.LATE, E.FAILED, S.CLOSED, ()),
+        (S.LATE, E.GIVEN_UP, S.CLOSED, ()),
+    ],
+)
+def test_who_is_late_goes_on_training_for_a_later_round(
+    kind: Kind, state: State, event: Event, after: State, commands: tuple[Command, ...]
+) -> None:
+    assert advance(kind, state, event) == (after, commands)
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "after", "commands"),
+    [
+        (S.TRAINING, E.LOST, S.PREPARING, ()),
+        (S.UPLOADING, E.REJECTED, S.CLOSED, END),
+        (S.UPLOADING, E.LEFT_OUT, S.CLOSED, END),
+        (S.UPLOADING, E.CLOSED_BY_HUB, S.CLOSED, (C.DROP_SPOOL, *END)),
+        (S.UPLOADING, E.GIVEN_UP, S.CLOSED, (C.DROP_SPOOL, *END)),
+    ],
+)
+def test_an_open_update_goes_back_to_the_spool_only_where_it_was_surely_not_counted(
+    state: State, event: Event, after: State, commands: tuple[Command, ...]
+) -> None:
+    assert advance("buffered_open", state, event) == (after, commands)
+
+
+def test_no_masked_update_stays_in_the_spool_once_it_is_sealed() -> None:
+    for kind in MASKED_KINDS:
+        for (_, event), (after, commands) in TABLES[kind].items():
+            assert (C.DROP_SPOOL in commands) == (event is E.SEALED), (kind, event, after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_being_left_out_ends_whatever_being_closed_ends(kind: Kind) -> None:
+    for state in State:
+        assert advance(kind, state, E.LEFT_OUT)[0] is advance(kind, state, E.CLOSED_BY_HUB)[0]
 
 
 @pytest.mark.parametrize(
@@ -103,24 +183,27 @@ def test_refusals_and_repairs_of_a_masked_round(
     assert advance("masked", state, event) == (after, commands)
 
 
-def test_no_second_update_is_made_in_a_masked_round() -> None:
+@pytest.mark.parametrize("kind", MASKED_KINDS)
+def test_no_second_update_is_made_in_a_masked_round(kind: Kind) -> None:
     """Once there was one, training is out of reach, whatever happens."""
     reached, frontier = set(), {S.UPLOADING}
     while frontier:
         reached |= frontier
-        frontier = {advance("masked", state, event)[0] for state in frontier for event in E} - reached
+        frontier = {advance(kind, state, event)[0] for state in frontier for event in E} - reached
     assert reached == {*WITH_UPDATE, S.DECLINED, S.CLOSED}
 
 
-def test_a_masked_round_given_up_is_never_taken_up_again() -> None:
+@pytest.mark.parametrize("kind", MASKED_KINDS)
+def test_a_masked_round_given_up_is_never_taken_up_again(kind: Kind) -> None:
     for event in E:
-        assert advance("masked", S.DECLINED, event)[0] in (S.DECLINED, S.CLOSED)
+        assert advance(kind, S.DECLINED, event)[0] in (S.DECLINED, S.CLOSED)
 
 
-def test_whatever_ends_a_masked_round_drops_its_secrets() -> None:
+@pytest.mark.parametrize("kind", MASKED_KINDS)
+def test_whatever_ends_a_masked_round_drops_its_secrets(kind: Kind) -> None:
     for state in (*BEFORE_UPDATE, *WITH_UPDATE):
         for event in E:
-            after, commands = advance("masked", state, event)
+            after, commands = advance(kind, state, event)
             assert (after in (S.DECLINED, S.CLOSED)) == (C.DROP_PART in commands), (state, event)
 
 
@@ -141,7 +224,7 @@ def test_closed_is_the_end(kind: Kind, event: Event) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "event", [E.ADMITTED, E.REFUSED_HERE, E.SHARES_OPENED, E.SEALED, E.FAILED, E.ACCEPTED, E.REJECTED]
+    "event", [E.ADMITTED, E.REFUSED_HERE, E.PREPARED, E.SHARES_OPENED, E.SEALED, E.FAILED, E.ACCEPTED, E.REJECTED]
 )
 def test_the_same_event_twice_is_the_event_once(kind: Kind, event: Event) -> None:
     for state in State:
@@ -159,7 +242,7 @@ def test_a_stage_asked_for_twice_is_only_said_twice(event: Event) -> None:
 
 @pytest.mark.parametrize(("kind", "state"), LIVING)
 def test_every_open_round_can_be_closed_by_the_hub(kind: Kind, state: State) -> None:
-    assert advance(kind, state, E.CLOSED_BY_HUB)[0] is S.CLOSED
+    assert advance(kind, state, E.CLOSED_BY_HUB)[0] is (S.LATE if state in BEFORE_SEALING else S.CLOSED)
 
 
 def test_the_clock() -> None:
@@ -170,11 +253,16 @@ def test_the_clock() -> None:
     assert expired(S.UPLOADING, deadline, 1000.0) is None
     assert expired(S.AGREED, deadline, 1000.0) is None
     assert expired(S.UPLOADING, deadline, 1000.0 + GIVE_UP_AFTER_S) is E.GIVEN_UP
+    assert expired(S.PREPARING, deadline, 1000.0) is E.DEADLINE
+    assert expired(S.LATE, deadline, 1000.0) is None
+    assert expired(S.LATE, deadline, 1000.0 + GIVE_UP_AFTER_S) is E.GIVEN_UP
     assert expired(S.CLOSED, deadline, 1e12) is None
 
 
 @pytest.mark.parametrize(("kind", "state"), LIVING)
 def test_no_open_round_lives_for_ever(kind: Kind, state: State) -> None:
-    event = expired(state, 0.0, GIVE_UP_AFTER_S)
-    assert event is not None
-    assert advance(kind, state, event)[0] is S.CLOSED
+    for _ in range(2):  # preparing, late
+        event = expired(state, 0.0, GIVE_UP_AFTER_S)
+        if event is not None:
+            state, _ = advance(kind, state, event)
+    assert state is S.CLOSED

@@ -83,7 +83,7 @@ def test_no_identity_is_replaced_under_a_running_agent(box: Box, tmp_path: Path)
 )
 def test_where_the_hub_is(tmp_path: Path, keys: dict[str, object], expected: tuple[str, str, int]) -> None:
     box = make_box(tmp_path, AUTHORITY, 8883, hub=keys)
-    address = box.enrolled.address_now(box.config.hub)
+    address = box.enrolled.address.under(box.config.hub)
     assert (address.hub_url, address.mqtt_host, address.mqtt_port) == expected
 
 
@@ -93,3 +93,11 @@ def test_doctor_asks_the_hub_where_it_is_now(box: Box) -> None:
         checks = [c for c in doctor.examine(replace(box.config, hub=hub)) if c.name.startswith("hub")]
     assert (checks[0].name, checks[0].level) == ("hub broker", Level.OK)
     assert "https://127.0.0.1:1" in checks[1].finding
+
+
+@pytest.mark.parametrize("part", ["device.key", "device.pem", "ca.pem", "link.json"])
+def test_doctor_goes_on_where_the_identity_is_damaged(box: Box, part: str) -> None:
+    (identity.folder(box.data_dir).path / part).write_bytes(b"half")
+    said = {check.name: check for check in doctor.examine(box.config)}
+    assert said["identity"].level is Level.ERROR
+    assert said["identity"].advice

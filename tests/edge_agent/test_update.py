@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from edge_agent.learn import CannotTrainError
 from fleet_link import sealing
 from fleet_link.errors import LinkError, SiteError, TrustError
 from models import addable, delta, round_layout
+from models.bundle import SHIPPED, read_bundle
+from models.delta import Trainable
 from tests.edge_agent.link_support import make_plan
 from tests.fleet_link.mosquitto_support import TestAuthority
 
@@ -58,6 +61,24 @@ def test_heads_only_sends_heads_only(tmp_path: Path) -> None:
     assert list(delta.decode(update_.payload, {"head.weight": (4,)})) == ["head.weight"]
 
 
+@pytest.mark.parametrize("trainable", get_args(Trainable))
+def test_a_sealed_update_holds_the_plans_subset_and_no_other_weight(tmp_path: Path, trainable: Trainable) -> None:
+    """Of the shipped network, although every weight has changed."""
+    before = {name: np.asarray(value, np.float32) for name, value in read_bundle(SHIPPED).weights.items()}
+    after = {name: value + np.float32(0.5) for name, value in before.items()}
+    shapes = {name: before[name].shape for name in delta.trainable_names(before, trainable)}
+    key = sealing.new_sealing_key(tmp_path / "key")
+    plan = make_plan("a" * 64, sealing.public_bytes(key), trainable=trainable)
+    sealed = update.build(before, after, plan, BOX, 5).sealed
+    opened_ = sealing.open_update(
+        sealed, private_key=key, trust=AUTHORITY.trust, sender="box-1", plan=plan, now=time.time()
+    )
+    assert set(delta.decode(opened_.payload, shapes)) == set(shapes)
+    masked = make_plan("a" * 64, sealing.public_bytes(key), trainable=trainable, kind="masked")
+    layout = round_layout.layout_of(masked, sealing.plan_digest(masked), shapes)
+    assert update.to_words(before, after, masked, 5).words.size == layout.word_count
+
+
 def test_each_device_rounds_with_its_own_noise() -> None:
     rng = np.random.default_rng(0)
     after = {"head.weight": rng.normal(size=500).astype(np.float32)}
@@ -92,6 +113,25 @@ def test_words_of_nonsense_are_not_made() -> None:
         update.to_words(BEFORE, broken, plan, 5)
     with pytest.raises(CannotTrainError, match="0 examples"):
         update.to_words(BEFORE, AFTER, plan, 0)
+
+
+def test_few_bits_of_drawn_weights_are_what_the_hub_reads(tmp_path: Path) -> None:
+    """The hub's end is cloud_hub/update.py; here its codec is made of plan and base alone, as there."""
+    key = sealing.new_sealing_key(tmp_path / "key")
+    plan = make_plan("a" * 64, sealing.public_bytes(key), clip_norm=8.0, share=0.5, value_bits=3)
+    codec = round_layout.codec_of(plan, sealing.plan_digest(plan), {"head.weight": (4,), "body.weight": (2,)})
+    assert codec is not None
+    mask = codec.drawn.masks()["body.weight"]
+    after = AFTER | {"body.weight": np.where(mask, np.float32(1.0), np.float32(0.0))}
+    made = update.build(BEFORE, after, plan, BOX, 5)
+    opened_ = sealing.open_update(
+        made.sealed, private_key=key, trust=AUTHORITY.trust, sender="box-1", plan=plan, now=time.time()
+    )
+    decoded = codec.decode(opened_.payload)
+    assert decoded["head.weight"] == pytest.approx([2.0] * 4)
+    assert decoded["body.weight"] == pytest.approx(mask.astype(np.float32))
+    with pytest.raises(CannotTrainError, match="moved where the round does not move it"):
+        update.build(BEFORE, AFTER, plan, BOX, 5)
 
 
 def test_nan_is_not_sealed() -> None:
