@@ -27,8 +27,9 @@ from cloud_hub import dashboard, enrolment, invitations, ledger, registry, views
 from cloud_hub.context import Context, bounded_body, same_secret
 from cloud_hub.registry import NotFoundError
 from fleet_link.errors import SiteError, WardroundError
-from fleet_link.messages import Rule
+from fleet_link.messages import BASES, COHORT, GROUPS, Rule
 from models.delta import Trainable
+from models.drawn_delta import MAX_VALUE_BITS, MIN_VALUE_BITS
 
 BODY_BYTES_MAX = 64 * 1024
 REFUSALS_SHOWN = 200
@@ -63,6 +64,10 @@ class NewRound(_Body, frozen=True):
     deadline_s: Annotated[float, Meta(ge=10.0, le=30 * 86400.0)] | None = None
     noise: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.0
     share: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    bits: Annotated[int, Meta(ge=MIN_VALUE_BITS, le=MAX_VALUE_BITS)] | None = None
+    groups: Annotated[int, Meta(ge=1, le=GROUPS)] = 1
+    buffer: Annotated[int, Meta(ge=0, le=COHORT)] = 0
+    stale_max: Annotated[int, Meta(ge=0, lt=BASES)] | None = None
     devices: tuple[str, ...] | None = None
 
 
@@ -169,6 +174,7 @@ class _Api:
 
     def start_round(self, session: Session, request: Request, body: NewRound, now: float) -> Any:
         defaults = self._config.rounds
+        takes_share = body.kind == "masked" and body.trainable == "all" and not body.buffer
         round_id = invitations.start_round(
             session,
             self._config,
@@ -182,9 +188,13 @@ class _Api:
             min_devices=body.min_devices or defaults.min_devices,
             deadline_s=body.deadline_s or defaults.deadline_s,
             noise=body.noise,
-            share=body.share or (defaults.share if body.kind == "masked" and body.trainable == "all" else 1.0),
+            share=body.share or (defaults.share if takes_share else 1.0),
             devices=list(body.devices) if body.devices is not None else None,
             now=now,
+            bits=body.bits,
+            groups=body.groups,
+            buffer=body.buffer,
+            stale_max=body.stale_max,
         )
         session.flush()
         return views.round_(session, round_id)

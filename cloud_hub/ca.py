@@ -258,7 +258,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
 
 def load_key(path: Path, passphrase_path: Path) -> ec.EllipticCurvePrivateKey:
     """Raises SiteError."""
-    passphrase = read_passphrase(passphrase_path) if is_encrypted(path) else None
+    passphrase = read_passphrase(passphrase_path) if pki.is_encrypted(path) else None
     try:
         return pki.load_private_key(path, passphrase=passphrase)
     except SiteError as error:
@@ -269,14 +269,6 @@ def load_key(path: Path, passphrase_path: Path) -> ec.EllipticCurvePrivateKey:
 def successor(key_path: Path, number: int) -> Path:
     """ca.key, ca-2.key, ca-3.key: of the intermediates in their order in ca.pem."""
     return key_path.with_name(f"{key_path.stem}-{number + 1}{key_path.suffix}") if number else key_path
-
-
-def is_encrypted(key_path: Path) -> bool:
-    """False too where there is none. Source: RFC 7468, 11."""
-    try:
-        return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in key_path.read_bytes()
-    except OSError:
-        return False
 
 
 def read_passphrase(path: Path) -> bytes:

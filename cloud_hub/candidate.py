@@ -18,12 +18,11 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import numpy as safetensors_numpy
 
 from cloud_hub.child import dies_with_us
 from fleet_link.errors import WardroundError
-from models import delta
-from models.bundle import read_bundle
+from models import weights_file
+from models.bundle import read_bundle, read_manifest
 from models.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -58,15 +57,14 @@ class Export:
         self._started_at = now
         self._work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=order.folder))
         self._bundle = self._work / "candidate.bundle"
+        weights = self._work / "weights.safetensors"
         try:
-            base = read_bundle(order.base)
-            weights = delta.apply(base.weights, mean)
+            name = read_manifest(order.base).name
+            weights_file.write_moved(order.base, mean, weights)
         except ModelError as error:
             raise CandidateError(str(error), advice=error.advice) from error
-        weights_path = self._work / "weights.safetensors"
-        weights_path.write_bytes(safetensors_numpy.save(weights))
-        arguments = ["--bundle", order.base, "--weights", weights_path, "--out", self._bundle]
-        arguments += ["--name", base.manifest.name, "--version", order.version]
+        arguments = ["--bundle", order.base, "--weights", weights, "--out", self._bundle]
+        arguments += ["--name", name, "--version", order.version]
         self._child = self._spawn([*order.command, *map(str, arguments)])
         log.info("candidate %s: export started", order.version)
 

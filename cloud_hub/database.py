@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fleet_link.errors import SiteError
 
-SCHEMA_VERSION = 2  # 2: masked rounds
+SCHEMA_VERSION = 3  # 2: masked rounds; 3: their groups
 REFUSALS_KEPT = 10_000
 
 
@@ -108,15 +108,27 @@ class RoundDevice(Base):
 
 
 class MaskedRound(Base):
-    """What a masked round has settled, each once: what boxes were told cannot be told otherwise."""
+    """How long the stages of a masked round wait."""
 
     __tablename__ = "masked_rounds"
     round_id: Mapped[str] = mapped_column(ForeignKey("rounds.round_id"), primary_key=True)
     stage_at: Mapped[float]  # when the round's state was entered; a restart moves it on
     stage_s: Mapped[float]
+
+
+class MaskedGroup(Base):
+    """What was settled in one group of a masked round (mostly there is one), each once: what boxes were told cannot be
+    told otherwise. Its boxes and why it was left out stay when the round is over.
+    """
+
+    __tablename__ = "masked_groups"
+    round_id: Mapped[str] = mapped_column(ForeignKey("rounds.round_id"), primary_key=True)
+    group_no: Mapped[int] = mapped_column(primary_key=True)
+    devices: Mapped[str]  # with a space between two
     circle: Mapped[bytes | None] = mapped_column(default=None)  # secure_sum.Circle
     sharing: Mapped[bytes | None] = mapped_column(default=None)  # the names of those whose shares are forwarded
     survivors: Mapped[bytes | None] = mapped_column(default=None)  # fleet_link.messages.Survivors
+    reason: Mapped[str] = mapped_column(default="")  # why it was left out; "": it is on
 
 
 class MaskedPart(Base):
@@ -202,6 +214,16 @@ Index("certificates_device", Certificate.device)
 Index("tokens_device", Token.device)
 
 
+# A masked round that was on: all who sent keys stand in its one group.
+_GROUPS_OF_2 = """
+INSERT INTO masked_groups (round_id, group_no, devices, circle, sharing, survivors, reason)
+SELECT round_id, 1,
+       (SELECT group_concat(device, ' ') FROM masked_parts AS part WHERE part.round_id = round.round_id AND keys IS NOT NULL),
+       circle, sharing, survivors, ''
+FROM masked_rounds AS round WHERE circle IS NOT NULL
+"""
+
+
 class Database:
     """Short transactions from any thread. `writing` is serialised (BEGIN IMMEDIATE), `reading` never waits for it."""
 
@@ -242,6 +264,8 @@ def connect(path: Path) -> Database:
                 advice="install the software version that wrote it, or a newer one",
             )
         Base.metadata.create_all(connection)
+        if version == 2:
+            connection.exec_driver_sql(_GROUPS_OF_2)
         connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
     return Database(engine)
 

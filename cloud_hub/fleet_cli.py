@@ -184,9 +184,35 @@ def round_start(
     rule: Annotated[
         str,
         typer.Option(
-            help="How an open round's updates become one: fedavg, median, trimmed_mean, krum, multi_krum, centred_clip."
+            help="How an open round's updates, or the means of --groups, become one: fedavg, median, trimmed_mean, krum, "
+            "multi_krum, centred_clip."
         ),
     ] = "fedavg",
+    groups: Annotated[
+        int,
+        typer.Option(
+            help="Against hostile boxes in a masked round, with --rule: the boxes are dealt into so many groups, each is "
+            "masked and summed apart, and the rule is over their means. A box spoils its own group only; with the median, 3 "
+            "groups withstand one spoiled group and 5 two. Each site's minimum cohort then holds for its group; a group of three "
+            "or four boxes ends when it loses one; and a sum of fewer boxes hides each of them less."
+        ),
+    ] = 1,
+    buffer: Annotated[
+        int,
+        typer.Option(
+            help="Wait for the first so many updates only, not for the slowest box. Boxes train first, then say that they "
+            "are ready; whoever is later keeps its update, and the next round with --buffer has it at once. An update over "
+            "an older release moves the model less: by 1/√(1 + releases between). 0 waits for everybody. Not with --rule, "
+            "--groups or --share."
+        ),
+    ] = 0,
+    stale_max: Annotated[
+        int | None,
+        typer.Option(
+            help="With --buffer: an update over a release older by more than this is thrown away and its box trains anew; "
+            "4 where nothing is said, 15 at most."
+        ),
+    ] = None,
     noise: Annotated[
         float,
         typer.Option(
@@ -197,9 +223,15 @@ def round_start(
     share: Annotated[
         float | None,
         typer.Option(
-            help="Few bytes in a masked round: the boxes train and send heads and norms, and this share of all other "
-            "weights, another in each round. 0.036 is about a fiftieth of the bytes. Below 1 the plan's learning rate "
-            "is the one given here or in hub.toml times 1/√share, at most times 4."
+            help="Few bytes: the boxes train and send heads and norms, and this share of all other weights, another in "
+            "each round. 0.036 is about a fiftieth of the bytes, in an open round a two-hundredth. Below 1 the plan's "
+            "learning rate is the one given here or in hub.toml times 1/√share, at most times 4."
+        ),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Of each value in an open round, 2 to 8, before they are compressed; 3 where --share is below 1."
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over a box's examples.")] = None,
@@ -225,8 +257,12 @@ def round_start(
         "kind": "unsafe_open" if unsafe_open else "masked",
         "devices": device or None,
         "rule": rule,
+        "groups": groups,
+        "buffer": buffer,
+        "stale_max": stale_max,
         "noise": noise,
         "share": share,
+        "bits": bits,
         "trainable": trainable,
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -353,7 +389,11 @@ def _enrolment(made: dict[str, Any]) -> Text:
 
 
 def _round(row: dict[str, Any]) -> RenderableType:
-    return Group(fleet_tables.round_(row), *_titled("Devices", fleet_tables.members(row["members"])))
+    return Group(
+        fleet_tables.round_(row),
+        *_titled("Groups", fleet_tables.cohorts(row)),
+        *_titled("Devices", fleet_tables.members(row["members"])),
+    )
 
 
 def _follow(hub: Hub, round_id: str, *, quiet: bool) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def rounds(rows: Sequence[Row]) -> Table:
             row["round_id"],
             state(row["state"]),
             when(row["created_at"]),
-            f"{row['kind']} {row['rule']}",
+            f"{row['kind']} {row['rule']}" + (f", buffer {row['buffer']}" if row["buffer"] else ""),
             str(sum(states.values())),
             str(sum(states.get(name, 0) for name in JOINED)),
             str(sum(states.get(name, 0) for name in OUT)),
@@ -116,6 +116,11 @@ def round_(row: Row) -> Table:
     facts |= {name.replace("_", " "): row[name] for name in names}
     if row["kind"] == "masked":
         facts |= {"min cohort": row["min_cohort"], "noise": row["noise"], "share": row["share"], "came": came(row)}
+        facts |= {"groups": row["groups"] if row["groups"] > 1 else None}
+    else:
+        facts |= {"share": row["share"], "bits": row["bits"]}
+    if row["buffer"]:
+        facts |= {"buffer": f"{row['buffer']} updates, {row['stale_max']} releases old at most"}
     facts |= {"base": row["base_digest"], "candidate": row["candidate_digest"]}
     facts |= {"started": when(row["created_at"]), "deadline": when(row["deadline"])}
     return _card(row["round_id"], facts | {"release": _release(row["release_version"])})
@@ -126,6 +131,15 @@ def came(row: Row) -> str:
     return " · ".join(f"{count} {name}" for name, count in row["came"].items())
 
 
+def cohorts(row: Row) -> Table:
+    """The groups of a masked round that are summed apart; none for a round of one sum."""
+    table = _table("Group>", "Boxes>", "Left out", "Devices")
+    for cohort in row["cohorts"] if row["groups"] > 1 else ():
+        devices = " ".join(cohort["devices"])
+        table.add_row(str(cohort["group"]), str(len(cohort["devices"])), escape(cohort["reason"]) or "–", devices)
+    return table
+
+
 def members(rows: Sequence[Row]) -> Table:
     table = _table("Device", "Site", "State", "Box says", "Examples>", "Received>", "Reason")
     for row in rows:
@@ -134,12 +148,18 @@ def members(rows: Sequence[Row]) -> Table:
             row["device"],
             row["site"],
             state(row["state"]),
-            row["device_says"] or "–",
+            says(row),
             str(row["examples"]),
             size(row["bytes_received"]) + of,
             escape(row["reason"]),
         )
     return table
+
+
+def says(row: Row) -> str:
+    """The box's own word of itself, and in a buffered round of its update."""
+    stale = row["staleness"]
+    return (row["device_says"] or "–") + (f", {stale} release{'s' * (stale > 1)} old" if stale else "")
 
 
 def releases(rows: Sequence[Row]) -> Table:
@@ -259,7 +279,7 @@ def _table(*columns: str) -> Table:
     table = _Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         title = column.rstrip(">")
-        prose = title in ("Reason", "Alarms")
+        prose = title in ("Reason", "Alarms", "Left out", "Devices") and not column.endswith(">")
         table.add_column(
             title,
             justify="right" if column.endswith(">") else "left",

@@ -6,20 +6,23 @@ Source: ARCHITECTURE.md, "Rounds".
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from cloud_hub import collection, ledger, masked, registry, rounds, secure_sum
+from cloud_hub import collection, ledger, masked, memory, registry, rounds, secure_sum
 from cloud_hub.collection import Collection, Counted, LostError, MaskedCollection, Vault
 from cloud_hub.config import Config
 from cloud_hub.database import Database, Release, Round, RoundDevice, record_refusal
 from cloud_hub.ledger import REASON_CHARACTERS
 from cloud_hub.masked import StageMessage
 from cloud_hub.releases import Repository
+from cloud_hub.robust import RULES, bucketed
 from cloud_hub.rounds import Event, Member, State
 from cloud_hub.update import MaskedUpdate, Update
 from fleet_link import notify
@@ -35,6 +38,12 @@ log = logging.getLogger(__name__)
 
 _TOLD = (State.SHARING, State.TRAINING, State.AGREEING, State.UNMASKING)  # stages that begin with a word of the hub
 
+Came = Callable[[Session], None]
+
+
+def _unnoted(_session: Session) -> None:
+    pass
+
 
 class Intake:
     """Owned by the hub's loop."""
@@ -47,6 +56,12 @@ class Intake:
         self._collection: Collection | None = None
         self._masked: MaskedCollection | None = None
         self._has_moved = False
+        self._has_work = False
+
+    def has_work(self) -> bool:
+        """Whether the round has come since this was asked last to where the coordinator has something to do."""
+        work, self._has_work = self._has_work, False
+        return work
 
     def has_moved(self) -> bool:
         """Whether a stage has begun since this was asked last: its boxes are to hear of it now."""
@@ -57,9 +72,13 @@ class Intake:
         with self._database.writing() as session:
             self._advance(session, session.get_one(Round, round_id), event, now)
 
-    def answered(self, device: str, answer: RoundAnswer, now: float) -> tuple[bool, str]:
-        """Store an answer; the same one again is accepted again. Gives (accepted, reason)."""
+    def answered(self, device: str, answer: RoundAnswer, now: float, came: Came = _unnoted) -> tuple[bool, str]:
+        """Store an answer; the same one again is accepted again. Gives (accepted, reason).
+
+        `came` notes in the same transaction that the message came.
+        """
         with self._database.writing() as session:
+            came(session)
             row = session.get(Round, answer.round_id)
             part = session.get(RoundDevice, (answer.round_id, device))
             if row is None or part is None:
@@ -75,13 +94,18 @@ class Intake:
                 part.examples = answer.examples
         return True, ""
 
-    def took(self, device: str, message: StageMessage, now: float) -> tuple[bool, str]:
-        """Store what a stage of a masked round asked for; the same again is accepted again. Gives (accepted, reason)."""
+    def took(self, device: str, message: StageMessage, now: float, came: Came = _unnoted) -> tuple[bool, str]:
+        """Store what a stage of a masked round asked for; the same again is accepted again. Gives (accepted, reason).
+
+        `came`: as in `answered`; of what is refused it alone is kept, with the refusal.
+        """
         try:
             with self._database.writing() as session:
+                came(session)
                 return self._took(session, device, message, now)
         except (TrustError, LinkError) as error:
             with self._database.writing() as session:
+                came(session)
                 record_refusal(session, device=device, what="message", reason=str(error), now=now)
             log.warning("round %s: %s: refused: %s", message.round_id, device, error)
             return False, str(error)[:REASON_CHARACTERS]
@@ -119,13 +143,14 @@ class Intake:
             return "refuse", part.reason or f"{device} has {part.state}"
         if State(row.state) not in rounds.COLLECTING:
             return "refuse", f"round {offer.subject} is over"
+        plan = ledger.plan_of(row)
         try:
-            limit = self.update_bytes_max(offer.subject)
+            limit = self._bytes_max(plan)
         except LostError as error:
             return "refuse", self._failed(offer.subject, error, now)
         if offer.size > limit:
             return "refuse", f"{offer.size} bytes, at most {limit} are taken"
-        awaited = Member.JOINED if ledger.plan_of(row).kind == "unsafe_open" else Member.SHARED
+        awaited = Member.JOINED if plan.kind == "unsafe_open" else Member.SHARED
         return ("take", "") if part.state == awaited else ("wait", "")
 
     def update_bytes_max(self, round_id: str) -> int:
@@ -134,14 +159,14 @@ class Intake:
         Raises LostError.
         """
         with self._database.reading() as session:
-            row = session.get(Round, round_id)
-            if row is not None and (plan := ledger.plan_of(row)).kind == "masked":
-                return self._opener(plan).update_bytes_max
-            base_bytes = session.scalars(
-                select(Release.size)
-                .join(Round, Round.base_digest == Release.bundle_digest)
-                .where(Round.round_id == round_id)
-            ).first()
+            plan = ledger.plan_of(session.get_one(Round, round_id))
+        return self._bytes_max(plan)
+
+    def _bytes_max(self, plan: RoundPlan) -> int:
+        if plan.kind == "masked":
+            return self._opener(plan).update_bytes_max
+        with self._database.reading() as session:
+            base_bytes = session.scalars(select(Release.size).filter_by(bundle_digest=plan.base_digest)).first()
         return int(self._config.rounds.update_per_base_max * (base_bytes or 0))
 
     def take_update(self, device: str, offer: TransferOffer, path: Path, now: float) -> str:
@@ -152,11 +177,10 @@ class Intake:
             path.unlink(missing_ok=True)
             return reason
         try:
-            with self._database.reading() as session:
-                plan = ledger.plan_of(session.get_one(Round, round_id))
-            collected = self._opener(plan) if plan.kind == "masked" else self.collected(round_id)
+            collected, group_no = self._collecting(round_id, device)
         except LostError as error:
             return self._failed(round_id, error, now)
+        kept = self._config.paths.rounds / round_id / "updates" / f"{device}.sealed"
         try:
             update = collected.open(path, sender=device, now=now)
             with self._database.reading() as session:
@@ -165,11 +189,19 @@ class Intake:
             path.unlink(missing_ok=True)
             self.refuse_update(device, round_id, str(error), now)
             return str(error)[:REASON_CHARACTERS]
-        kept = self._config.paths.rounds / round_id / "updates" / f"{device}.sealed"
         move_durably(path, kept)
-        if isinstance(collected, Collection) and isinstance(update, Update):
+        if isinstance(collected, MaskedCollection) and isinstance(update, MaskedUpdate):
+            collected.add(Counted(device, kept, now), update, group_no)
+        elif isinstance(collected, Collection) and isinstance(update, Update):
             collected.add(Counted(device, kept, now), update)
         return self._count(device, offer, kept, update, now)
+
+    def _collecting(self, round_id: str, device: str) -> tuple[Collection | MaskedCollection, int]:
+        """What takes the device's update, and the number of its group. Raises LostError."""
+        with self._database.reading() as session:
+            plan = ledger.plan_of(session.get_one(Round, round_id))
+            group_no = masked.group_no(session, round_id, device) if plan.kind == "masked" else 0
+        return (self._opener(plan) if plan.kind == "masked" else self.collected(round_id)), group_no
 
     def _failed(self, round_id: str, error: LostError, now: float) -> str:
         self.apply(round_id, rounds.Failed(str(error)), now)
@@ -188,7 +220,7 @@ class Intake:
                 part.reason = reason[:REASON_CHARACTERS]
         log.warning("round %s: refused the update of %s: %s", round_id, device, reason)
 
-    def mean(self, round_id: str) -> Arrays:
+    def mean(self, round_id: str) -> Mapping[str, NDArray[np.float32]]:
         """Of a round that is summed: what its updates change on average. Raises LostError when it cannot be made."""
         with self._database.reading() as session:
             plan = ledger.plan_of(session.get_one(Round, round_id))
@@ -196,15 +228,37 @@ class Intake:
         try:
             return self._unmasked(plan) if is_masked else self.collected(round_id).total.mean()
         except (LinkError, TrustError, DeltaError) as error:
-            what = f"{plan.rule} cannot be computed"
-            if is_masked:
-                is_odd = isinstance(error, DeltaError)
-                what = "the masked sum is refused" if is_odd else "the masks do not come off"
+            is_one_sum = is_masked and plan.groups == 1
+            what = _what_failed(error) if is_one_sum else f"{plan.rule} cannot be computed"
             raise LostError(f"{what}: {error}", advice=error.advice) from error
 
     def _unmasked(self, plan: RoundPlan) -> Arrays:
+        """One group's mean, or the rule over the means of all groups whose sum can be one of honest boxes."""
+        opener = self._opener(plan)
         with self._database.reading() as session:
-            circle, told, rebuilt = masked.opened(session, plan.round_id, notify.watchdog)
+            groups = masked.groups_on(session, plan.round_id)
+        if plan.groups == 1:
+            return self._mean_of_group(plan, groups[0])[0]
+        means: list[tuple[Arrays, int]] = []
+        odd: dict[int, str] = {}
+        for number in groups:
+            try:
+                means.append(self._mean_of_group(plan, number))
+            except (LinkError, TrustError, DeltaError) as error:
+                odd[number] = f"{_what_failed(error)}: {error}"
+            except LostError as error:
+                odd[number] = str(error)
+        if odd:
+            with self._database.writing() as session:
+                masked.end_groups(session, plan.round_id, odd)
+        with self._database.reading() as session:
+            masked.check_enough(session, plan)
+        return bucketed(RULES[plan.rule], means, opener.opener.layout.shapes)
+
+    def _mean_of_group(self, plan: RoundPlan, group_no: int) -> tuple[Arrays, int]:
+        """And of how many boxes: what the hub itself counted, no box's word."""
+        with self._database.reading() as session:
+            circle, told, rebuilt = masked.opened(session, plan.round_id, group_no, notify.watchdog)
             parts = session.scalars(select(RoundDevice).filter_by(round_id=plan.round_id)).all()
         if rebuilt.wrong_shares:
             log.warning("round %s: wrong shares, (of, told by): %s", plan.round_id, rebuilt.wrong_shares)
@@ -215,9 +269,9 @@ class Intake:
             if part.device in told.active
         ]
         opener = self._opener(plan)
-        total = opener.sum(_alive(counted))
+        total = opener.sum(counted, group_no)
         words = secure_sum.unmask(total, circle, told, rebuilt, alive=notify.watchdog)
-        return addable.decode_sum(words, opener.opener.layout, boxes=len(told.active))
+        return addable.decode_sum(words, opener.opener.layout, boxes=len(told.active)), len(told.active)
 
     def _opener(self, plan: RoundPlan) -> MaskedCollection:
         """Raises LostError."""
@@ -251,10 +305,15 @@ class Intake:
     def forget(self) -> None:
         """The round is over: its sum leaves the memory."""
         self._collection = self._masked = None
+        memory.give_back()
 
     def _advance(self, session: Session, row: Round, event: Event, now: float) -> None:
-        if ledger.advance(session, row, event, now) and row.state in _TOLD and ledger.plan_of(row).kind == "masked":
+        if not ledger.advance(session, row, event, now):
+            return
+        if row.state in _TOLD and ledger.plan_of(row).kind == "masked":
             self._has_moved = True
+        if rounds.commands(State(row.state)):
+            self._has_work = True
 
     def _count(self, device: str, offer: TransferOffer, kept: Path, update: Update | MaskedUpdate, now: float) -> str:
         """Gives "", or why it does not count: its round was dropped or itself revoked at this very moment."""
@@ -271,6 +330,10 @@ class Intake:
             part.counted_at = now
         log.info("round %s: counted %s, %d examples", offer.subject, device, update.examples)
         return ""
+
+
+def _what_failed(error: LinkError | TrustError | DeltaError) -> str:
+    return "the masked sum is refused" if isinstance(error, DeltaError) else "the masks do not come off"
 
 
 def _alive(counted: Iterable[Counted]) -> Iterator[Counted]:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 REASON_CHARACTERS = 500
 REVOKED = "the device is revoked"
+LATE = "left out: the sum was closed before its update was ready; it waits for the next buffered round"
+STAGES_AFTER_KEYS = 4  # stage_s that a masked round keeps of its time for what follows the keys, half of it at most
 
 
 def active_round(session: Session) -> Round | None:
@@ -74,6 +76,7 @@ def advance(session: Session, row: Round, event: Event, now: float) -> bool:
 
 def _advance_once(session: Session, row: Round, event: Event, now: float) -> rounds.Round:
     states = session.execute(select(RoundDevice.device, RoundDevice.state).filter_by(round_id=row.round_id)).all()
+    of_masked = masked.facts(session, row.round_id)
     before = rounds.Round(
         state=State(row.state),
         deadline_unix_s=row.deadline,
@@ -82,7 +85,8 @@ def _advance_once(session: Session, row: Round, event: Event, now: float) -> rou
         revoked=_revoked(session, row.round_id),
         candidate_digest=row.candidate_digest or "",
         reason=row.reason,
-        masked=masked.facts(session, row.round_id),
+        masked=of_masked,
+        buffer=_buffer(row, of_masked.stage_s if of_masked else 0.0),
     )
     after, _ = rounds.advance(before, event, now)
     for device, member in after.members.items():
@@ -90,8 +94,10 @@ def _advance_once(session: Session, row: Round, event: Event, now: float) -> rou
             part = session.get_one(RoundDevice, (row.round_id, device))
             _store_member(session, part, before, after, now)
             if part.state == Member.LEFT and isinstance(event, rounds.Settled):
-                part.reason = _why_left(before, part.device)
+                part.reason = masked.why_ended(session, row.round_id, part.device) or _why_left(before, part.device)
                 log.info("round %s: %s %s", part.round_id, part.device, part.reason)
+            elif part.state == Member.LEFT and before.masked is None:
+                part.reason = LATE
     if after.state is not before.state:
         row.state, row.reason, row.changed_at = after.state, after.reason[:REASON_CHARACTERS], now
         row.candidate_digest = after.candidate_digest or None
@@ -99,6 +105,12 @@ def _advance_once(session: Session, row: Round, event: Event, now: float) -> rou
             session.get_one(MaskedRound, row.round_id).stage_at = after.masked.stage_at
         log.info("round %s: %s -> %s%s", row.round_id, before.state, after.state, after.reason and f" ({after.reason})")
     return after
+
+
+def _buffer(row: Round, stage_s: float) -> rounds.Buffer | None:
+    size = plan_of(row).buffer
+    until = max(row.deadline - STAGES_AFTER_KEYS * stage_s, (row.created_at + row.deadline) / 2)
+    return rounds.Buffer(size, until) if size else None
 
 
 def _store_member(session: Session, part: RoundDevice, before: rounds.Round, after: rounds.Round, now: float) -> None:
@@ -111,6 +123,8 @@ def _store_member(session: Session, part: RoundDevice, before: rounds.Round, aft
 
 def _why_left(before: rounds.Round, device: str) -> str:
     stage = rounds.STAGES[before.state]
+    if before.buffer is not None and before.state in rounds.FILLING:
+        return LATE
     if before.members[device] in stage.waits_for:
         return f"left out: {stage.what} did not come in time"
     return f"left out: too few of its neighbours sent {stage.what}"

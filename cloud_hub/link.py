@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from cloud_hub import masked, registry
 from cloud_hub.config import Config
 from cloud_hub.database import Counter, Database, Device, Round, RoundDevice, counter, record_refusal
 from cloud_hub.distribution import Distribution
-from cloud_hub.intake import Intake
+from cloud_hub.intake import Came, Intake
 from cloud_hub.ledger import active_round, plan_of
 from cloud_hub.releases import Release, Repository
 from cloud_hub.rounds import COLLECTING, FINISHED, Member, State
@@ -184,27 +184,37 @@ class Link:
             opened = envelope.open(payload, self._parts.trust, sender=device, recipient=HUB, now=now)
             # 3. The certificate still counts. Before the window: an old one must not use up sequences.
             registry.check_certificate(session, device, opened.serial)
-        # 4. Not seen before; kept on disk before anything comes of it. A heartbeat is all in this one transaction.
+        # 4. Not seen before; kept on disk before anything comes of it, in one transaction with whatever does.
         window = self._windows.get(device)
         if window is None or window.highest > row.last_sequence:  # enrolled anew since: it counts anew
             window = self._windows[device] = envelope.ReplayWindow(row.last_sequence)
         window.accept(opened.sequence, opened.digest)
-        with self._parts.database.writing() as session:
-            speaker = session.get_one(Device, device)
-            speaker.last_sequence = window.highest
-            if isinstance(opened.message, Heartbeat):
-                _keep_heartbeat(speaker, opened.message, now)
-        self._dispatch(device, opened.message, now)
+        highest = window.highest
 
-    def _dispatch(self, device: str, message: AnyMessage, now: float) -> None:
+        def came(session: Session) -> None:
+            session.execute(update(Device).where(Device.device == device).values(last_sequence=highest))
+
+        self._dispatch(device, opened.message, now, came)
+
+    def _dispatch(self, device: str, message: AnyMessage, now: float, came: Came) -> None:
         match message:
             case Heartbeat():
+                with self._parts.database.writing() as session:
+                    came(session)
+                    _keep_heartbeat(session.get_one(Device, device), message, now)
                 self._news = True
                 self._owed.setdefault(device, now)
             case RoundAnswer():
-                self._receipt(device, message.message_id, self._parts.intake.answered(device, message, now))
+                self._receipt(device, message.message_id, self._parts.intake.answered(device, message, now, came))
             case RoundKeys() | Shares() | SurvivorsSigned() | Unmask():
-                self._receipt(device, message.message_id, self._parts.intake.took(device, message, now))
+                self._receipt(device, message.message_id, self._parts.intake.took(device, message, now, came))
+            case _:
+                with self._parts.database.writing() as session:
+                    came(session)
+                self._dispatch_other(device, message, now)
+
+    def _dispatch_other(self, device: str, message: AnyMessage, now: float) -> None:
+        match message:
             case ReleaseReport():
                 self._receipt(device, message.message_id, self._parts.distribution.reported(device, message, now))
                 self._news = True
@@ -262,10 +272,11 @@ class Link:
             active = active_round(session)
             part = session.get(RoundDevice, (active.round_id, device)) if active is not None else None
             known = {r: session.get(Round, r) for r in statuses}
+            parts = {r: session.get(RoundDevice, (r, device)) for r in statuses}
             missing: list[AnyMessage] = []
             if active is not None and part is not None:
                 missing += _of_round(session, active, part, statuses.get(active.round_id))
-        missing += [_closed(r, row) for r, row in known.items() if _lacks_end(row, statuses[r])]
+        missing += [_closed(r, row, parts[r]) for r, row in known.items() if _lacks_end(row, statuses[r])]
         offered = self._parts.distribution.offers.get(device)
         if offered is not None:
             release = Release(offered.release_version, offered.bundle_digest, offered.size, offered.round_id or "")
@@ -349,9 +360,12 @@ def _lacks_end(row: Round | None, status: RoundStatus) -> bool:
     return status.state != "closed" and (row is None or State(row.state) in FINISHED)
 
 
-def _closed(round_id: str, row: Round | None) -> RoundClosed:
+def _closed(round_id: str, row: Round | None, part: RoundDevice | None) -> RoundClosed:
+    """To a box whose update is in no sum the round is dropped: it may bring the update again."""
     if row is None:
         return _dropped(round_id, "the hub has no such round")
+    if part is not None and part.state == Member.LEFT and part.counted_at is None:
+        return _dropped(round_id, part.reason)
     if row.state == State.RELEASED:
         return RoundClosed(message_id=_id(), round_id=round_id, outcome="released")
     return _dropped(round_id, row.reason)

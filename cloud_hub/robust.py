@@ -1,4 +1,4 @@
-"""Rules for open rounds that a minority of boxes cannot move far, whatever they send.
+"""Rules that a minority cannot move far, whatever they send: of boxes in open rounds, of groups' means in masked ones.
 
 Reads the updates anew in each pass, as the files on disk are the truth; gives one float32 array per tensor. Memory is
 O(model) plus `memory_bytes`, whatever the number of boxes.
@@ -9,8 +9,8 @@ Karimireddy 2021; group means Karimireddy 2022; sorting network Batcher 1968.
 Axes: B boxes, C coordinates (all tensors one after the other, by name).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
 from typing import Protocol
@@ -27,6 +27,7 @@ Matrix = NDArray[np.float64]
 Read = Callable[[], Iterator[tuple[Delta, int]]]  # each update and its weight, from the first; the same each time
 
 MEMORY_BYTES = 256 << 20
+ROBUST_MIN = 3  # updates or groups: with two no rule can tell who is off
 _BLOCK = 1 << 14  # coordinates handled at once: 32 boxes of them stay in the processor's cache
 _PLAN = "correct the round's plan"
 
@@ -58,20 +59,14 @@ def aggregate(rule: Rule, updates: Updates) -> Arrays:
     return rule.over(updates)
 
 
-def bucketed(rule: Rule, sums: Updates) -> Arrays:
-    """A rule over group means, where only groups' sums are known: `sums` gives Σ n_i·Δ_i and Σ n_i of each group.
+def bucketed(rule: Rule, means: Sequence[tuple[Delta, int]], shapes: Shapes) -> Arrays:
+    """A rule over groups' means, where a masked round opens the sum of each group alone: each mean, and its boxes.
 
-    A box spoils the mean of its own group and no other: f boxes are at most f bad groups, which is what the rule must withstand.
+    A box spoils the mean of its own group and no other: f boxes are at most f bad groups, which is what the rule must
+    withstand, of the groups and not of the boxes. Memory: the means are held, O(model) for each group.
     Raises as aggregate does.
     """
-
-    def means() -> Iterator[tuple[Delta, int]]:
-        for total, weight in sums.read():
-            with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
-                mean = {name: (values / max(weight, 1)).astype(np.float32) for name, values in total.items()}
-            yield mean, weight
-
-    return aggregate(rule, replace(sums, read=means))
+    return aggregate(rule, Updates(lambda: iter(means), len(means), shapes))
 
 
 class Deferred:

@@ -2,7 +2,8 @@
 
 Reads and writes nothing; `ledger` loads a Round from the database and stores what `advance` gives.
 Never does I/O, reads a clock or forgets an event: late and repeated events leave the round as it is.
-Source: ARCHITECTURE.md, "Rounds"; the stages of a masked round: Bonawitz et al. 2017, figure 4.
+Source: ARCHITECTURE.md, "Rounds"; the stages of a masked round: Bonawitz et al. 2017, figure 4; buffered rounds: Nguyen et
+al. 2022 (FedBuff), masked as in Huba et al. 2022 (Papaya): the buffer is the cohort.
 """
 
 import math
@@ -39,7 +40,8 @@ class Member(StrEnum):
     AGREED = "agreed"  # masked: it has signed whose updates are in the sum
     UNMASKED = "unmasked"  # masked: it has given the shares asked for
     DECLINED = "declined"  # answered no, at once or because its training failed; the reason is kept
-    LEFT = "left"  # masked: gives no more, by its own word or because a stage ended without it; the reason is kept
+    LEFT = "left"  # masked: gives no more, by its own word or because a stage ended without it; the reason is kept.
+    # Buffered: the sum was closed without its update, which a later round may have
     REFUSED = "refused"  # its update was refused, or the device was revoked
 
 
@@ -57,7 +59,15 @@ class Masked:
 
     stage_at: float  # when its state was entered
     stage_s: float  # so long a stage waits that is not the training
-    active: frozenset[str] = frozenset()  # devices whose update is in the sum: told to all, so it cannot be undone
+    active: frozenset[str] = frozenset()  # devices whose update is in the one sum: told to all, so it cannot be undone
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """What only a buffered round has: it goes on with the first `size` updates, and waits for nobody else."""
+
+    size: int
+    until: float  # masked: with fewer from then on, as many as may be; the stages that follow need the time left
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Round:
     candidate_digest: str = ""
     reason: str = ""
     masked: Masked | None = None
+    buffer: Buffer | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,10 @@ class Unmasked:
 
 @dataclass(frozen=True)
 class Settled:
-    """The stage `of` a masked round is over, and secure_sum could go on with `staying`, which is stored."""
+    """The stage `of` a masked round is over, and secure_sum could go on with `staying`, which is stored.
+
+    Once the survivors are told these are all in the sums that go on, whether they answer or not.
+    """
 
     of: State
     staying: frozenset[str]
@@ -170,9 +184,11 @@ STAGES: Mapping[State, Stage] = MappingProxyType(
     }
 )
 _BY_THE_DEADLINE = (State.INVITED, State.TRAINING, State.UPLOADING)  # the others: stage_s after they began
+FILLING = (State.INVITED, State.KEYS)  # masked: its keys are a box's word that its update is ready
 _FIRST_ARRIVAL: Mapping[State, State] = MappingProxyType({State.INVITED: State.KEYS, State.TRAINING: State.UPLOADING})
 _GAVE_NO_SECRET = (Member.INVITED, Member.JOINED, Member.KEYED)
 _GAVE_SECRETS = (Member.SHARED, Member.DELIVERED, Member.AGREED)
+_IN_THE_SUM = (Member.DELIVERED, Member.AGREED, Member.UNMASKED)
 
 _AFTER: Mapping[tuple[State, type[Event]], State] = MappingProxyType(
     {
@@ -231,10 +247,11 @@ def _collect(before: Round, event: Event, now: float) -> Round:
     members = _without(before.revoked, _with_event(before.members, event))
     after = replace(before, members=members, state=_collecting_state(before.state, members))
     count, open_ = len(delivered(members)), len(awaited(members))
-    if open_ and now < before.deadline_unix_s and count + open_ >= before.min_devices:
+    is_full = before.buffer is not None and count >= before.buffer.size
+    if not is_full and open_ and now < before.deadline_unix_s and count + open_ >= before.min_devices:
         return after
     if count >= before.min_devices:
-        return replace(after, state=State.SUMMED)
+        return replace(after, state=State.SUMMED, members=_without_late(members) if before.buffer else members)
     why = "at the deadline" if now >= before.deadline_unix_s else f"and {open_} may still deliver"
     reason = f"{count} of {len(members)} invited devices delivered {why}; {before.min_devices} are needed"
     return replace(after, state=State.DROPPED, reason=reason)
@@ -254,6 +271,12 @@ def _without(revoked: frozenset[str], members: Mapping[str, Member]) -> Mapping[
     """What a revoked device gave, or may still give, is taken out."""
     out = revoked & {*awaited(members), *delivered(members)}
     return {device: Member.REFUSED if device in out else member for device, member in members.items()}
+
+
+def _without_late(members: Mapping[str, Member]) -> Mapping[str, Member]:
+    """Their updates are no part of the sum, and they hear so: a later round may have them."""
+    late = awaited(members)
+    return {device: Member.LEFT if device in late else member for device, member in members.items()}
 
 
 def _collecting_state(before: State, members: Mapping[str, Member]) -> State:
@@ -281,10 +304,21 @@ def is_stage_over(round_: Round, now: float) -> bool:
     stage = STAGES.get(round_.state)
     if round_.masked is None or stage is None:
         return False
+    if is_full(round_):
+        return True
     return now >= stage_ends_at(round_) or not any(member in stage.waits_for for member in round_.members.values())
 
 
+def is_full(round_: Round) -> bool:
+    """Whether the keys of as many boxes are here as a masked round's buffer has room for."""
+    if round_.buffer is None or round_.state not in FILLING:
+        return False
+    return list(round_.members.values()).count(Member.KEYED) >= round_.buffer.size
+
+
 def stage_ends_at(round_: Round) -> float:
+    if round_.masked is not None and round_.buffer is not None and round_.state in FILLING:
+        return max(round_.buffer.until, round_.masked.stage_at + round_.masked.stage_s)
     if round_.masked is None or round_.state in _BY_THE_DEADLINE:
         return round_.deadline_unix_s
     return round_.masked.stage_at + round_.masked.stage_s if round_.state in STAGES else math.inf
@@ -354,15 +388,14 @@ def _settled(before: Round, masked: Masked, event: Settled) -> Round:
         return before
     stage = STAGES[before.state]
     after = replace(before, state=stage.then)
-    if before.state not in COLLECTING:
-        return after
-    on = (*stage.waits_for, stage.arrived)
+    on = (*stage.waits_for, stage.arrived) if before.state in COLLECTING else _IN_THE_SUM
     members = {
         device: Member.LEFT if member in on and device not in event.staying else member
         for device, member in before.members.items()
     }
-    active = event.staying if stage.then is State.AGREEING else frozenset[str]()
-    return replace(after, members=members, masked=replace(masked, active=active))
+    if stage.then is State.AGREEING:
+        masked = replace(masked, active=event.staying)
+    return replace(after, members=members, masked=masked)
 
 
 def _too_few(after: Round) -> str:

@@ -5,6 +5,7 @@ Never does I/O, reads a clock, keeps a single upload, or can read one: only the 
 Source: Bonawitz et al. 2017; Bell et al. 2020 (SecAgg+); the box's end is edge_agent/masking.py.
 """
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
@@ -15,10 +16,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from cloud_hub.robust import ROBUST_MIN
 from fleet_link import cohort, masking, shares
 from fleet_link.cohort import Roster, RoundOf
 from fleet_link.errors import LinkError, TrustError
-from fleet_link.masking import WordBits, Words
+from fleet_link.masking import WordBits, Words, bound
 from fleet_link.messages import (
     COHORT,
     MAX_MESSAGE_BYTES,
@@ -48,7 +50,7 @@ def _unwatched() -> None:
 
 
 class Circle(msgspec.Struct, frozen=True):
-    """U1: everyone whose keys came, their keys (verified when they came), and the graph between them."""
+    """U1: everyone of a group whose keys came, their keys (verified when they came), and the graph between them."""
 
     roster: Roster
     keys: dict[Name, SignedKeys]
@@ -79,6 +81,20 @@ class Rebuilt(msgspec.Struct, frozen=True):
 # --- cohort ---------------------------------------------------------------------------------------
 
 
+def form_circles(of: RoundOf, keys: Mapping[str, SignedKeys], min_cohort: int, groups: int) -> tuple[Circle, ...]:
+    """The cohort of each group: as many groups as asked for, or as have enough boxes. As form_circle else."""
+    if groups == 1:
+        return (form_circle(of, keys, min_cohort),)
+    needed = cohort.smallest_allowed(min_cohort)
+    count = group_count(len(keys), groups, needed)
+    if not count:
+        raise LinkError(
+            f"{len(keys)} boxes sent keys, {ROBUST_MIN * needed} are needed for {ROBUST_MIN} groups", advice=NEXT_ROUND
+        )
+    dealt = deal(cohort.roster(of, keys), count)
+    return tuple(form_circle(of, {name: keys[name] for name in names}, min_cohort) for names in dealt)
+
+
 def form_circle(of: RoundOf, keys: Mapping[str, SignedKeys], min_cohort: int) -> Circle:
     """`keys` went through cohort.verify_keys. Raises LinkError when too few boxes sent theirs, or too many."""
     needed = cohort.smallest_allowed(min_cohort)
@@ -87,6 +103,33 @@ def form_circle(of: RoundOf, keys: Mapping[str, SignedKeys], min_cohort: int) ->
     check_fits({name: len(each.certificate) for name, each in keys.items()})
     everyone = cohort.roster(of, keys)
     return Circle(everyone, dict(keys), cohort.graph(everyone), needed)
+
+
+def deal(everyone: Roster, count: int) -> list[list[str]]:
+    """The names in groups that differ by one box at most, by a hash over the digest of plan and everybody's keys.
+
+    So the groups are fixed only once all keys are: no box chooses its group unless it knows all others' keys before it
+    sends its own, and the hub draws nothing. A hash is no beacon (cohort.ring): a hub in league with boxes can try keys for
+    them, or leave boxes' keys out, until the groups please it, and with few groups few tries are enough. No box can
+    check the draw, for it would prove nothing against such a hub: what protects a box is the number of honest boxes in its
+    own group, for which its site's minimum cohort is asked. All others of a group of m, m - 1 boxes in league with the hub,
+    read the last one.
+    """
+    seed = cohort.digest(everyone)
+    order = sorted(everyone.names, key=lambda name: hashlib.sha256(bound("groups", seed, name)).digest())
+    return [order[first::count] for first in range(count)]
+
+
+def group_count(boxes: int, groups: int, smallest: int) -> int:
+    """So many groups so many boxes make; 0 where they are too few for any rule."""
+    count = min(groups, boxes // smallest)
+    return count if groups == 1 or count >= ROBUST_MIN else 0
+
+
+def largest_group(invited: int, groups: int, smallest: int) -> int:
+    """Boxes in one group at most, however many of the invited send keys."""
+    made = ((boxes, group_count(boxes, groups, smallest)) for boxes in range(1, invited + 1))
+    return max((-(-boxes // count) for boxes, count in made if count), default=0)
 
 
 def check_fits(certificate_bytes: Mapping[str, int]) -> None:

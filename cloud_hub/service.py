@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 
 import uvicorn
 
-from cloud_hub import ca, cutoff, database, https, registry, setup
+from cloud_hub import ca, cutoff, database, https, memory, registry, setup
 from cloud_hub.api import create_app
 from cloud_hub.broker import Broker
 from cloud_hub.ca import Authority
@@ -33,7 +33,7 @@ from cloud_hub.intake import Intake
 from cloud_hub.link import Link, Parts, open_bus
 from cloud_hub.releases import Repository
 from cloud_hub.strangers import TELL_S, Strangers
-from fleet_link import files, notify, sealing
+from fleet_link import files, notify, pki, sealing
 from fleet_link.errors import SiteError, WardroundError
 from fleet_link.pki import load_identity
 
@@ -55,13 +55,14 @@ def run(config: Config) -> None:
     """Run until SIGTERM or SIGINT. Raises SiteError when the hub cannot start."""
     stop = threading.Event()
     sys.setswitchinterval(SWITCH_S)
+    memory.keep_freed()
     with ExitStack() as stack:
         stack.enter_context(_signals(stop))
         stack.enter_context(_only_one(config))
         # 1. What is on disk.
         files.remove_unfinished(config.paths.data_dir)
         authority = ca.load(config.paths.ca_key, config.paths.ca_certificate, config.ca_passphrase)
-        if not ca.is_encrypted(config.paths.ca_key):
+        if not pki.is_encrypted(config.paths.ca_key):
             log.warning("ca.key is not encrypted: whoever has a backup of it is the hub (hub encrypt-ca)")
         setup.renew_own_certificates(config, authority, now=time.time())
         hub = database.connect(config.paths.database)
@@ -92,15 +93,22 @@ def run(config: Config) -> None:
         stack.callback(notify.stopping)
         notify.ready(f"{config.url}, broker on port {config.broker.port}")
         log.info("hub runs: %s", config.url)
+        tick = _Every(config.rounds.loop_s, lambda: link.tick(coordinator.tick(time.time())))
+
+        def step() -> None:
+            link.step()
+            if intake.has_work():
+                tick.at_once()
+
         due = [
-            _Every(config.rounds.loop_s, lambda: link.tick(coordinator.tick(time.time()))),
+            tick,
             _Every(WATCH_S, broker.watch),
             _Every(REFRESH_S, lambda: repository.refresh(time.time())),
             _Every(RENEW_S, lambda: _renew(config, authority, tls, link, broker)),
             _Every(TELL_S, strangers.tell),
             _Every(notify.watchdog_interval_s(WATCHDOG_S), notify.watchdog),  # the loop turns; not: all is well
         ]
-        _loop(stop, _Every(0.0, link.step), due)
+        _loop(stop, _Every(0.0, step), due)
     log.info("hub stopped")
 
 
@@ -122,6 +130,9 @@ class _Every:
         self._due_at = 0.0
         self._trouble = ""
         self._told_at = 0.0
+
+    def at_once(self) -> None:
+        self._due_at = 0.0
 
     def run_if_due(self, now: float) -> bool:
         """False when it was due and failed."""

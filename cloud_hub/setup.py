@@ -160,7 +160,7 @@ def take_up_intermediate(settings: Config, authority: Authority) -> bool:
 def encrypt_ca(settings: Config) -> None:
     """For a hub made before its CA's key was encrypted; also while it runs. Raises SiteError."""
     paths = settings.paths
-    if ca.is_encrypted(paths.ca_key):
+    if pki.is_encrypted(paths.ca_key):
         raise SiteError(f"{paths.ca_key} is encrypted already", advice=f"its passphrase: {settings.ca_passphrase}")
     ca.load(paths.ca_key, paths.ca_certificate, settings.ca_passphrase)
     _ca_passphrase(settings)

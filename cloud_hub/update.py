@@ -7,6 +7,7 @@ Source: ARCHITECTURE.md, "The link"; the box's end is edge_agent/update.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,10 @@ from fleet_link import masking, sealing
 from fleet_link.errors import TrustError
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Trust
-from models import delta
+from fleet_link.sealing import Blob
+from models import delta, round_layout
 from models.addable import Layout
+from models.drawn_delta import DrawnCodec
 from models.errors import DeltaError
 
 # Rounding to 8 bits raises the norm of a delta a little; a box that did not clip is far above that.
@@ -32,6 +35,16 @@ class Opener:
     sealing_key: sealing.SealingKey
     trust: Trust
     examples_cap: int
+
+    @cached_property
+    def codec(self) -> DrawnCodec | None:
+        return round_layout.codec_of(self.plan, sealing.plan_digest(self.plan), self.shapes)
+
+    def decode_clipped(self, payload: bytes) -> tuple[Mapping[str, NDArray[np.float32]], float]:
+        """Within the plan's clip norm, and the norm before. Raises DeltaError on anything but exactly the base's trainable tensors."""
+        if self.codec:
+            return delta.clip(self.codec.decode(payload), self.plan.clip_norm)
+        return delta.read(payload, self.shapes).clipped(self.plan.clip_norm)
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class MaskedUpdate:
     serial: str
 
 
-def open_masked(blob: bytes, opener: MaskedOpener, *, sender: str, now: float) -> MaskedUpdate:
+def open_masked(blob: Blob, opener: MaskedOpener, *, sender: str, now: float) -> MaskedUpdate:
     """Raises TrustError unless `blob` is what `sender` sealed for this very plan, in the plan's number of words."""
     plan, layout = opener.plan, opener.layout
     opened = sealing.open_update(
@@ -70,7 +83,7 @@ def open_masked(blob: bytes, opener: MaskedOpener, *, sender: str, now: float) -
     return MaskedUpdate(opened.payload, opened.examples, opened.serial)
 
 
-def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Update:
+def open_update(blob: Blob, opener: Opener, *, sender: str, now: float) -> Update:
     """Raises TrustError unless `blob` is a sound delta that `sender` sealed for this very plan."""
     plan = opener.plan
     # 1. Certificate, signature, round and plan, sealing.
@@ -79,13 +92,12 @@ def open_update(blob: bytes, opener: Opener, *, sender: str, now: float) -> Upda
     )
     # 2. Enough examples to weigh anything.
     _check_examples(opened.examples, plan)
-    # 3. Exactly the base's trainable tensors, all finite.
+    # 3. Exactly the base's trainable tensors, all finite. Clipped; what rounding added is taken off again.
     try:
-        change = delta.decode(opened.payload, opener.shapes)
+        change, norm = opener.decode_clipped(opened.payload)
     except DeltaError as error:
         raise TrustError(str(error), advice=error.advice) from error
-    # 4. Clipped; what rounding added is taken off again.
-    change, norm = delta.clip(change, plan.clip_norm)
+    # 4. By a box that did clip.
     if norm > NORM_TOLERANCE * plan.clip_norm:
         raise TrustError(f"norm {norm:.3g}, the plan's limit is {plan.clip_norm:.3g}", advice="inspect the device")
     return Update(change, opened.examples, min(opened.examples, opener.examples_cap), opened.serial)

@@ -18,6 +18,7 @@ from cloud_hub.database import (
     Certificate,
     Device,
     DeviceRelease,
+    MaskedGroup,
     MaskedPart,
     Refusal,
     Release,
@@ -27,6 +28,7 @@ from cloud_hub.database import (
     Transfer,
 )
 from cloud_hub.registry import NotFoundError, certificate_alarm, find_device
+from models import round_layout
 
 View = dict[str, Any]
 STAGES_OF_MASKED = ("keys", "shares", "updates", "signed", "unmasked")
@@ -117,7 +119,7 @@ def rounds(session: Session) -> list[View]:
 
 
 def round_(session: Session, round_id: str) -> View:
-    """As in `rounds`, with the state, reason and bytes of each device. Raises NotFoundError."""
+    """As in `rounds`, with the state, reason and bytes of each device, and the groups it was dealt into. Raises NotFoundError."""
     row = ledger.find(session, round_id)
     pairs = session.execute(
         select(RoundDevice, Device)
@@ -132,7 +134,14 @@ def round_(session: Session, round_id: str) -> View:
     members = [_member(part, device, moving.get(device.device)) for part, device in pairs]
     made = session.scalar(select(Release.release_version).where(Release.round_id == round_id))
     states = Counter(member["state"] for member in members)
-    return {**_round(row, states, made, _came(session)[round_id]), "members": members}
+    cohorts = session.scalars(select(MaskedGroup).filter_by(round_id=round_id).order_by(MaskedGroup.group_no))
+    return {
+        **_round(row, states, made, _came(session)[round_id]),
+        "members": members,
+        "cohorts": [
+            {"group": cohort.group_no, "devices": cohort.devices.split(), "reason": cohort.reason} for cohort in cohorts
+        ],
+    }
 
 
 def _came(session: Session) -> dict[str, Counter[str]]:
@@ -176,6 +185,10 @@ def _round(row: Round, states: Counter[str], release_version: int | None, came: 
         "device_states": dict(states),
         "noise": plan.noise,
         "share": plan.share,
+        "groups": plan.groups,
+        "buffer": plan.buffer,
+        "stale_max": len(plan.bases) - 1 if plan.buffer else None,
+        "bits": round_layout.open_bits(plan) if plan.kind == "unsafe_open" else None,
         "min_cohort": plan.min_cohort if plan.kind == "masked" else None,
         "came": {name: came[name] for name in (STAGES_OF_MASKED if plan.kind == "masked" else ("updates",))},
     }
@@ -190,6 +203,7 @@ def _member(part: RoundDevice, device: Device, transfer: Transfer | None) -> Vie
         "state": part.state,
         "device_says": own.get("state", ""),  # the box's own word, from its last heartbeat
         "examples": part.examples,
+        "staleness": own.get("staleness", 0),  # of its sealed update, in releases: its own word too
         "reason": part.reason or own.get("reason", ""),
         "bytes_received": max(part.bytes_received, transfer.bytes_moved if transfer else 0),
         "bytes_expected": transfer.size if transfer else None,

@@ -24,8 +24,9 @@ from cloud_hub.releases import Repository
 from fleet_link import chunks, sealing
 from fleet_link.messages import RoundAnswer, RoundPlan, TransferOffer
 from fleet_link.pki import Identity, Trust, load_identity
-from models import delta
+from models import delta, round_layout
 from models.bundle import SHIPPED, read_bundle
+from models.drawn_delta import DrawnCodec
 from tests.cloud_hub.hub_support import HubFiles, make_hub_files
 
 Delta = dict[str, NDArray[np.float32]]
@@ -63,12 +64,12 @@ class Box:
     identity: Identity
 
     def seal(self, plan: RoundPlan, value: float, *, examples: int = 20, names: tuple[str, ...] | None = None) -> bytes:
-        """An update that changes every trainable weight by about `value`."""
+        """An update that changes every weight that the round moves by about `value`."""
         return self.seal_delta(plan, {name: np.full(shape, value, np.float32) for name, shape in shapes(plan).items()
                                       if names is None or name in names}, examples=examples)  # fmt: skip
 
     def seal_delta(self, plan: RoundPlan, change: Delta, *, examples: int = 20) -> bytes:
-        return self.seal_payload(plan, delta.encode(change, seed=1), examples=examples)
+        return self.seal_payload(plan, encoded(plan, change), examples=examples)
 
     def seal_payload(self, plan: RoundPlan, payload: bytes, *, examples: int = 20) -> bytes:
         return sealing.seal_update(payload, identity=self.identity, plan=plan, examples=examples)
@@ -77,6 +78,21 @@ class Box:
 def shapes(plan: RoundPlan) -> dict[str, tuple[int, ...]]:
     weights = read_bundle(SHIPPED).weights
     return {name: weights[name].shape for name in delta.trainable_names(weights, plan.trainable)}
+
+
+def codec_of(plan: RoundPlan) -> DrawnCodec:
+    """Of a round whose plan has few bits."""
+    codec = round_layout.codec_of(plan, sealing.plan_digest(plan), shapes(plan))
+    assert codec is not None
+    return codec
+
+
+def encoded(plan: RoundPlan, change: Delta) -> bytes:
+    """In the plan's codec; of a share the drawn coordinates alone."""
+    if (codec := round_layout.codec_of(plan, sealing.plan_digest(plan), shapes(plan))) is None:
+        return delta.encode(change, seed=1)
+    drawn = {name: np.where(mask, change[name], np.float32(0)) for name, mask in codec.drawn.masks().items()}
+    return codec.encode(drawn, seed=1)
 
 
 @dataclass

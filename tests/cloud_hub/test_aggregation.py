@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from cloud_hub.aggregation import RunningSum
 from fleet_link.errors import TrustError
+from models import delta as codec
 
 SHAPES = {"head.weight": (2, 2), "head.bias": (2,)}
 
@@ -93,3 +94,24 @@ def test_update_without_examples_has_no_weight() -> None:
 def test_nothing_to_average_is_refused() -> None:
     with pytest.raises(TrustError, match="no update to average"):
         RunningSum(SHAPES).mean()
+
+
+@given(st.integers(0, 1000), st.integers(1, 10_000))
+def test_a_delta_as_it_came_adds_up_as_its_floats_do(seed: int, weight: int) -> None:
+    generator = np.random.default_rng(seed)
+    sent = codec.encode(
+        {name: generator.normal(0, 0.01, shape).astype(np.float32) for name, shape in SHAPES.items()}, seed
+    )
+    as_it_came, as_floats = RunningSum(SHAPES), RunningSum(SHAPES)
+    for total, each in ((as_it_came, codec.read(sent, SHAPES)), (as_floats, codec.decode(sent, SHAPES))):
+        total.add(delta(1.0), 3)
+        total.add(each, weight)
+    for name, values in as_floats.mean().items():
+        assert np.allclose(as_it_came.mean()[name], values, rtol=1e-6, atol=1e-9)
+
+
+def test_a_delta_as_it_came_whose_step_is_not_finite_is_refused() -> None:
+    levels = {name: np.ones(shape, np.int8) for name, shape in SHAPES.items()}
+    bad = codec.Quantised(levels, dict.fromkeys(SHAPES, float("inf")))
+    with pytest.raises(TrustError, match="holds NaN or infinity"):
+        RunningSum(SHAPES).add(bad, 1)

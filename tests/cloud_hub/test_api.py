@@ -166,6 +166,10 @@ def test_a_round_is_started_with_what_is_given_over_the_hubs_defaults(seeded: Ht
     assert (row["epochs"], row["min_examples"], row["state"]) == (3, seeded.config.rounds.min_examples, "invited")
     assert [member["device"] for member in row["members"]] == ["box-n1", "box-s1"]
     assert _get(seeded, f"/rounds/{row['round_id']}")["base_digest"] == "a" * 64  # release 2 is with its canaries only
+    assert (row["buffer"], row["stale_max"]) == (0, None)
+    _post(seeded, f"/rounds/{row['round_id']}/drop", {})
+    buffered = _post(seeded, "/rounds", wish | {"buffer": 2, "stale_max": 3}).json()
+    assert (buffered["buffer"], buffered["stale_max"]) == (2, 0)  # there is no older release
 
 
 def test_accuracy_is_summed_over_boxes_and_sites(seeded: HttpsHub) -> None:
@@ -213,6 +217,8 @@ def test_what_is_not_there_is_404_in_json(seeded: HttpsHub, path: str) -> None:
         ("/rounds", {"epochs": 0}, ">= 1"),
         ("/rounds", {"clip_norm": -1}, "> 0"),
         ("/rounds", {"rule": "loudest"}, "Invalid enum value 'loudest'"),
+        ("/rounds", {"buffer": 1001}, "<= 1000"),
+        ("/rounds", {"buffer": 3, "stale_max": 16}, "<= 15"),
     ],
 )
 def test_a_wrong_body_is_400_with_the_field(hub: HttpsHub, path: str, body: object, words: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cloud_hub import ca, config, setup
+from fleet_link import pki
 from fleet_link.errors import SiteError
 from tests.cloud_hub.box_twin import BoxTwin
 from tests.cloud_hub.hub_support import make_hub_files, needs_mosquitto
@@ -80,7 +81,7 @@ def test_a_backup_made_as_the_readme_says_does_not_open_the_ca(tmp_path: Path) -
         assert len(passphrase) >= 32
         assert not any(passphrase in content for content in whole)
     for name in ("ca.key", "root.key"):
-        assert ca.is_encrypted(tmp_path / "backup" / "ca" / name)
+        assert pki.is_encrypted(tmp_path / "backup" / "ca" / name)
 
 
 def test_a_hub_of_before_is_encrypted_with_one_command(tmp_path: Path) -> None:
@@ -88,9 +89,9 @@ def test_a_hub_of_before_is_encrypted_with_one_command(tmp_path: Path) -> None:
     paths = files.config.paths
     for _ in range(2):  # without a passphrase it goes on working
         plain = ca.load(paths.ca_key, paths.ca_certificate, files.config.ca_passphrase)
-    assert not ca.is_encrypted(paths.ca_key)
+    assert not pki.is_encrypted(paths.ca_key)
     setup.encrypt_ca(files.config)
-    assert ca.is_encrypted(paths.ca_key)
+    assert pki.is_encrypted(paths.ca_key)
     assert files.config.ca_passphrase.stat().st_mode & 0o777 == 0o600
     encrypted = ca.load(paths.ca_key, paths.ca_certificate, files.config.ca_passphrase)
     assert encrypted.issuers[0].key.private_numbers() == plain.issuers[0].key.private_numbers()
@@ -110,7 +111,7 @@ def test_a_credential_of_systemd_is_read_and_never_made(tmp_path: Path, monkeypa
             monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
         with pytest.raises(SiteError, match="passphrase of the CA's key cannot be read"):
             setup.encrypt_ca(settings)
-    assert not ca.is_encrypted(files.config.paths.ca_key)
+    assert not pki.is_encrypted(files.config.paths.ca_key)
     (tmp_path / "credentials" / "ca").write_text("of the TPM\n")
     setup.encrypt_ca(settings)
     assert setup.make_identity(settings, now=time.time()).sha256 == files.authority.sha256

@@ -132,12 +132,12 @@ def test_an_encrypted_key_needs_its_passphrase(authority: ca.Authority, tmp_path
     key = authority.issuers[0].key
     key_path.write_bytes(key_pem(key))
     certificate_path.write_bytes(authority.pem)
-    assert not ca.is_encrypted(key_path)
+    assert not pki.is_encrypted(key_path)
     with pytest.raises(SiteError, match="cannot be read"):
         ca.encrypt(key_path, passphrase)
     passphrase.write_text("correct horse\n")
     ca.encrypt(key_path, passphrase)
-    assert ca.is_encrypted(key_path)
+    assert pki.is_encrypted(key_path)
     assert key_path.stat().st_mode & 0o777 == 0o600
     assert ca.load(key_path, certificate_path, passphrase).issuers[0].key.private_numbers() == key.private_numbers()
     with pytest.raises(SiteError, match="cannot be read"):

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
 
 from cloud_hub import ledger, link, registry
-from cloud_hub.database import Certificate, Device, DeviceRelease, Refusal, Transfer
+from cloud_hub.database import Certificate, Device, DeviceRelease, Refusal, Round, Transfer
 from cloud_hub.rollout import Stage
+from cloud_hub.rounds import Answered, Event, Member
 from fleet_link import envelope
 from fleet_link.messages import Receipt, ReleaseOffer, RoundAnswer, RoundClosed, RoundPlan
 from fleet_link.pki import Identity, load_identity, load_private_key, serial_hex
@@ -118,6 +120,34 @@ def test_what_the_bus_did_not_take_is_owed_at_once(hub: LinkedHub, monkeypatch: 
         assert not hub.link._owed["a"] > time.time()  # not put off by resend_s
     hub.until(lambda: a.of(RoundPlan))
     assert hub.link._owed["a"] > time.time()
+
+
+def test_what_a_message_does_and_that_it_came_are_kept_together(
+    hub: LinkedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = hub.boxes["a"]
+    a.heartbeat()
+    plan = hub.rounds.start()
+    hub.until(lambda: a.of(RoundPlan))
+    before, advance = device(hub, "a").last_sequence, hub.rounds.intake._advance
+    with monkeypatch.context() as killed:
+
+        def kill(session: Session, row: Round, event: Event, now: float) -> None:
+            if isinstance(event, Answered):
+                raise RuntimeError("killed before the commit")
+            advance(session, row, event, now)
+
+        killed.setattr(hub.rounds.intake, "_advance", kill)
+        a.answer(plan.round_id)
+        with pytest.raises(RuntimeError, match="killed"):
+            hub.until(lambda: False)
+    assert device(hub, "a").last_sequence == before
+    assert hub.rounds.member("a").state == Member.INVITED
+    assert not a.of(Receipt)
+    a.answer(plan.round_id)
+    hub.until(lambda: a.of(Receipt))
+    assert device(hub, "a").last_sequence > before
+    assert hub.rounds.member("a").state == Member.JOINED
 
 
 def test_nothing_is_said_again_while_messages_wait(hub: LinkedHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,7 @@
 
 import logging
 import re
-import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cloud_hub import ledger, masked, registry, views
-from cloud_hub.database import MaskedPart, MaskedRound, Refusal
-from cloud_hub.rounds import COLLECTING, Member, State
+from cloud_hub import ledger, registry, views
+from cloud_hub.database import MaskedGroup
 from cloud_hub.transfers import Transfers
 from edge_agent import masking as box
 from fleet_link import notify, sealing
@@ -30,85 +27,14 @@ from fleet_link.messages import (
     TransferReceipt,
     Unmask,
 )
-from models import delta, round_layout
+from models import round_layout
 from models.bundle import SHIPPED, read_bundle
-from tests.cloud_hub.masked_twin import EXAMPLES, IDS, MaskedTwin, layout_of, plain_mean
+from tests.cloud_hub.masked_house import UPDATE, House, came, refusals, rows
+from tests.cloud_hub.masked_twin import EXAMPLES, IDS, MaskedTwin, layout_of
 from tests.cloud_hub.round_support import RoundHub, failing_export, make_round_hub, needs_bundle
 
 pytestmark = [needs_bundle, pytest.mark.slow]
 NAMES = ("a", "b", "c", "d", "e")
-UPDATE = bytes  # how a twin's update is named among what it withholds
-
-
-@dataclass
-class House:
-    """A hub's rounds on disk and five boxes that do masked rounds."""
-
-    hub: RoundHub
-    twins: dict[str, MaskedTwin] = field(default_factory=dict)
-    said: dict[tuple[str, type[Any]], Any] = field(default_factory=dict)
-    restarts: bool = False  # the hub is killed after every message
-
-    def start(self, **changes: object) -> RoundPlan:
-        plan = self.hub.start(kind="masked", **changes)
-        for number, name in enumerate(self.hub.boxes, 1):
-            self.twins[name] = MaskedTwin(self.hub.boxes[name].identity, self.hub.trust, value=0.01 * number)
-        return plan
-
-    def owed(self, name: str) -> AnyMessage | None:
-        """What the link would say to the box now."""
-        with self.hub.files.database.reading() as session:
-            row, part = self.hub.round(), self.hub.member(name)
-            if part.state == Member.INVITED and State(row.state) in COLLECTING:
-                return ledger.plan_of(row)
-            return masked.owed(session, row.round_id, State(row.state), name, Member(part.state), secrets.token_hex(16))
-
-    def give(self, name: str, answer: AnyMessage | bytes) -> tuple[bool, str]:
-        self.said[name, type(answer)] = answer
-        intake, now = self.hub.intake, self.hub.now
-        if isinstance(answer, bytes):
-            reason = self.hub.deliver(name, answer)
-            verdict = (not reason, reason)
-        elif isinstance(answer, RoundAnswer):
-            verdict = intake.answered(name, answer, now)
-        else:
-            assert isinstance(answer, masked.StageMessage)
-            verdict = intake.took(name, answer, now)
-        if self.restarts:
-            self.hub.restart()
-        return verdict
-
-    def play(self, until: str) -> None:
-        """Everybody answers what it is told, until the round is there or nothing goes on."""
-        while self.hub.round().state != until:
-            before = self.facts()
-            for name, twin in self.twins.items():
-                message = self.owed(name)
-                for answer in twin.hear(message, self.hub.now) if message is not None else ():
-                    if self.hub.round().state != until:
-                        assert self.give(name, answer) == (True, ""), (name, type(answer))
-            if self.facts() == before:
-                return
-
-    def facts(self) -> tuple[str, list[str]]:
-        return self.hub.round().state, [self.hub.member(name).state for name in self.twins]
-
-    def wait(self, seconds: float) -> None:
-        self.hub.now += seconds
-        self.hub.coordinator.tick(self.hub.now)
-
-    def withhold(self, kind: type[Any], *names: str) -> None:
-        for name in names:
-            self.twins[name].withheld.add(kind)
-
-    def check_release(self, plan: RoundPlan, names: str) -> None:
-        """What is released is the base and the plain mean of these boxes, to the last bit."""
-        row = self.hub.tick_until("released")
-        mean = plain_mean(plan, [self.twins[name] for name in names])
-        expected = delta.apply(read_bundle(SHIPPED).weights, mean)
-        after = read_bundle(self.hub.repository.bundle_path(str(row.candidate_digest))).weights
-        assert all(np.array_equal(after[name], expected[name]) for name in expected)
-        assert any(not np.array_equal(after[name], read_bundle(SHIPPED).weights[name]) for name in mean)
 
 
 @pytest.fixture
@@ -117,22 +43,6 @@ def house(tmp_path: Path) -> Iterator[House]:
     yield made
     made.hub.coordinator.stop()
     made.hub.files.database.close()
-
-
-def refusals(house: House, device: str) -> list[str]:
-    with house.hub.files.database.reading() as session:
-        return [row.reason for row in session.query(Refusal).filter_by(device=device)]
-
-
-def rows(house: House) -> list[MaskedPart]:
-    with house.hub.files.database.reading() as session:
-        return session.query(MaskedPart).all()
-
-
-def came(house: House) -> dict[str, int]:
-    with house.hub.files.database.reading() as session:
-        found: dict[str, int] = views.round_(session, house.hub.round_id)["came"]
-    return found
 
 
 # --- the whole way --------------------------------------------------------------------------------
@@ -200,8 +110,8 @@ def test_what_boxes_said_is_gone_when_the_round_is_over_and_its_counts_stay(hous
     house.hub.coordinator.tick(house.hub.now)
     assert [(part.keys, part.shares, part.signature, part.unmask) for part in rows(house)] == [(b"", b"", b"", b"")] * 5
     with house.hub.files.database.reading() as session:
-        row = session.get_one(MaskedRound, house.hub.round_id)
-    assert (row.circle, row.sharing, row.survivors) == (None, None, None)
+        row = session.get_one(MaskedGroup, (house.hub.round_id, 1))
+    assert (row.circle, row.sharing, row.survivors, row.devices) == (None, None, None, "a b c d e")
     assert came(house) == before
     assert list(house.hub.files.config.paths.rounds.iterdir()) == []
 
@@ -386,6 +296,7 @@ def test_stage_goes_on_for_a_while_after_a_hub_that_was_away(house: House, kind:
 def test_update_lost_from_disk_drops_the_round_with_its_reason(house: House) -> None:
     house.start()
     house.play("summed")
+    house.hub.restart()  # else the sum is there, without the files
     (house.hub.files.config.paths.rounds / house.hub.round_id / "updates" / "a.sealed").write_bytes(b"rotten")
     assert "the counted update of a cannot be read again" in house.hub.tick_until("dropped").reason
 
@@ -626,6 +537,7 @@ def test_sum_that_honest_boxes_cannot_have_drops_the_round(
 def test_watchdog_is_told_while_the_masks_come_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.start()
     house.play("summed")
+    house.hub.restart()
     told: list[str] = []
     monkeypatch.setattr(notify, "watchdog", lambda: told.append("alive"))
     house.hub.intake.mean(house.hub.round_id)

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from cloud_hub import registry
+from cloud_hub import registry, views
 from cloud_hub.database import RoundDevice
 from fleet_link import sealing
 from fleet_link.messages import (
@@ -34,6 +35,18 @@ from tests.cloud_hub.round_support import make_round_hub, needs_bundle
 
 pytestmark = [needs_bundle, needs_mosquitto, pytest.mark.slow]
 NAMES = "abcde"
+ORDER = [
+    "invited",
+    "keys",
+    "sharing",
+    "training",
+    "uploading",
+    "agreeing",
+    "unmasking",
+    "summed",
+    "evaluated",
+    "released",
+]
 
 
 @pytest.fixture
@@ -76,6 +89,50 @@ def test_masked_round_over_the_wire_gives_the_plain_mean_to_the_last_bit(hub: Li
     assert all(not hub.refusals(name) for name in NAMES)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_groups_over_the_wire_release_the_median_of_their_means_and_a_poisoned_one_is_left_out(
+    tmp_path: Path, restarts: bool
+) -> None:
+    names = [f"box-{number:02}" for number in range(1, 13)]
+    hub = LinkedHub(make_round_hub(tmp_path, *names))
+    for number, name in enumerate(names, 1):
+        box = hub.add(name)
+        kind = AnyWords if name == "box-05" else MaskedTwin
+        box.masked = kind(box.identity, hub.rounds.trust, value=0.01 * number)
+        box.heartbeat()
+    try:
+        plan = hub.rounds.start(kind="masked", rule="median", groups=4)
+        if restarts:
+            for state_now in ("sharing", "uploading", "unmasking"):
+                hub.until(lambda state_now=state_now: ORDER.index(state(hub)) >= ORDER.index(state_now))
+                hub.restart()
+        hub.until(lambda: state(hub) == "released")
+        with hub.database.reading() as session:
+            cohorts = views.round_(session, plan.round_id)["cohorts"]
+        (spoiled,) = (cohort for cohort in cohorts if cohort["reason"])
+        assert "box-05" in spoiled["devices"]
+        means = [
+            plain_mean(plan, [twin(hub, name) for name in cohort["devices"]])
+            for cohort in cohorts
+            if cohort is not spoiled
+        ]
+        median = {name: np.median(np.stack([mean[name] for mean in means]), axis=0) for name in means[0]}
+        expected = delta.apply(read_bundle(SHIPPED).weights, median)
+        after = read_bundle(hub.rounds.repository.bundle_path(str(hub.rounds.round().candidate_digest))).weights
+        assert all(np.array_equal(after[name], expected[name]) for name in expected)
+        assert all(not hub.refusals(name) for name in names)
+    finally:
+        hub.close()
+
+
+class AnyWords(MaskedTwin):
+    """A box whose update is drawn by chance."""
+
+    def encoded(self, plan: RoundPlan) -> NDArray[np.unsignedinteger]:
+        honest = super().encoded(plan)
+        return np.random.default_rng(5).integers(0, 1 << plan.word_bits, len(honest), honest.dtype)
+
+
 def test_box_that_shared_and_went_away_is_taken_out_of_the_masks_and_told_so(hub: LinkedHub) -> None:
     plan = hub.rounds.start(kind="masked", deadline_s=3600.0)
     twin(hub, "c").withheld.add(bytes)
@@ -93,9 +150,8 @@ def test_box_that_shared_and_went_away_is_taken_out_of_the_masks_and_told_so(hub
     "until", ["keys", "sharing", "training", "uploading", "agreeing", "unmasking", "summed", "evaluated"]
 )
 def test_hub_killed_in_a_state_ends_the_round_all_the_same(hub: LinkedHub, until: str) -> None:
-    order = ["invited", "keys", "sharing", "training", "uploading", "agreeing", "unmasking", "summed", "evaluated"]
     plan = hub.rounds.start(kind="masked")
-    hub.until(lambda: order.index(state(hub)) >= order.index(until) if state(hub) in order else True)
+    hub.until(lambda: ORDER.index(state(hub)) >= ORDER.index(until))
     hub.restart()
     check_release(hub, plan, NAMES)
 

@@ -11,6 +11,7 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from cloud_hub import database, fleet_cli, views
+from fleet_link.messages import GROUPS
 from models.bundle import SHIPPED, SUFFIX
 from tests.cloud_hub.hub_support import ADMIN_TOKEN, HttpsHub, make_hub_files, seed_fleet
 from tests.cloud_hub.round_support import needs_bundle
@@ -83,6 +84,60 @@ def test_fleet_orders_a_share(hub: HttpsHub, tmp_path: Path) -> None:
     assert "share 0.036" in " ".join(shown.split())
 
 
+def with_groups(hub: HttpsHub, tmp_path: Path) -> str:
+    """A round of three groups, one of which was left out; started by `fleet`, from nine boxes."""
+    names = [f"box-w{number}" for number in range(1, 10)]
+    for name in names:
+        hub.files.add_device(name, "north")
+        hub.files.device_files(tmp_path, name)
+    words = [*fleet_words(hub, tmp_path), "start", "--groups", "3", "--rule", "median", "--json"]
+    for name in names:
+        words += ["--device", name]
+    answer = CliRunner().invoke(fleet_cli.app, words)
+    assert answer.exit_code == 0, answer.output
+    round_id = str(json.loads(answer.output)["round_id"])
+    with hub.files.database.writing() as session:
+        for number in range(3):
+            devices = " ".join(names[3 * number : 3 * number + 3])
+            reason = "the masked sum is refused: a sum <beyond>" if number == 1 else ""
+            row = database.MaskedGroup(round_id=round_id, group_no=number + 1, devices=devices, reason=reason)
+            session.add(row)
+    return round_id
+
+
+def fleet_words(hub: HttpsHub, tmp_path: Path) -> list[str]:
+    paths = hub.config.paths
+    (tmp_path / "fleet.toml").write_text(
+        f'hub = "{hub.config.url}"\ntoken_file = "{paths.admin_token}"\nca = "{paths.ca_certificate}"\n'
+    )
+    return ["--config", str(tmp_path / "fleet.toml"), "round"]
+
+
+def test_fleet_and_hub_page_show_the_groups_and_why_one_was_left_out(hub: HttpsHub, tmp_path: Path) -> None:
+    round_id = with_groups(hub, tmp_path)
+    words = [*fleet_words(hub, tmp_path), "show", round_id]
+    shown = " ".join(CliRunner().invoke(fleet_cli.app, words, terminal_width=250).output.split())
+    assert "groups 3" in shown
+    assert "2 3 the masked sum is refused: a sum <beyond> box-w4 box-w5 box-w6" in shown
+    with hub.client() as client:
+        client.post("/login", data={"token": ADMIN_TOKEN, "next": "/"})
+        page = client.get(f"/rounds/{round_id}").text
+    assert "<dt>Groups</dt><dd>3</dd>" in page
+    assert '<a href="/devices/box-w5">box-w5</a>' in page
+    assert "a sum &lt;beyond&gt;" in page
+
+
+def test_a_round_of_one_sum_shows_no_groups(hub: HttpsHub, tmp_path: Path) -> None:
+    words = [*fleet_words(hub, tmp_path), "show", start(hub)["round_id"]]
+    assert "group" not in CliRunner().invoke(fleet_cli.app, words, terminal_width=250).output.lower()
+
+
+def test_an_order_of_too_many_groups_is_not_understood(hub: HttpsHub) -> None:
+    with hub.admin() as admin:
+        answer = admin.post("/api/v1/rounds", json={"groups": GROUPS + 1, "rule": "median"})
+    assert answer.status_code == 400
+
+
 def test_an_open_round_has_no_stages(hub: HttpsHub) -> None:
     row = start(hub, kind="unsafe_open")
     assert (row["kind"], row["min_cohort"], row["came"]) == ("unsafe_open", None, {"updates": 0})
@@ -127,7 +182,7 @@ def test_hub_page_shows_the_stage_among_all_stages(hub: HttpsHub) -> None:
 def test_database_of_the_former_schema_gains_the_tables(hub: HttpsHub) -> None:
     path = hub.config.paths.database
     with hub.files.database.writing() as session:
-        for table in ("masked_parts", "masked_rounds"):
+        for table in ("masked_parts", "masked_groups", "masked_rounds"):
             session.connection().exec_driver_sql(f"DROP TABLE {table}")
         session.connection().exec_driver_sql("PRAGMA user_version=1")
     again = database.connect(path)

@@ -261,24 +261,29 @@ def test_median_and_trimmed_mean_stay_between_the_honest(seed: int, value: float
 
 
 def test_rule_over_group_means() -> None:
-    x_BC, weights = drawn(6), [1, 3, 2, 2, 5, 1]
-    groups = [slice(0, 2), slice(2, 4), slice(4, 6)]
-
-    def sums() -> Iterator[tuple[Delta, int]]:
-        for group in groups:
-            weighted_BC = x_BC[group] * np.array(weights[group])[:, None]
-            yield delta_of(weighted_BC.sum(0)), sum(weights[group])
-
-    means_BC = np.array([np.average(x_BC[group], axis=0, weights=weights[group]) for group in groups])
-    found_C = flat(robust.bucketed(Median(), Updates(sums, 3, SHAPES)))
-    assert np.allclose(found_C, np.median(means_BC, axis=0), rtol=1e-5, atol=1e-6)
+    means_GC = drawn(5)
+    means = [(delta_of(mean_C), boxes) for mean_C, boxes in zip(means_GC, [3, 4, 3, 4, 3], strict=True)]
+    found_C = flat(robust.bucketed(Median(), means, SHAPES))
+    assert np.array_equal(found_C, np.median(means_GC, axis=0).astype(np.float32))
 
 
-@pytest.mark.parametrize(("value", "weight", "reason"), [(1e300, 2, "holds NaN or infinity"), (1.0, 0, "no weight")])
-def test_unsound_group_is_refused(value: float, weight: int, reason: str) -> None:
-    total = {name: np.full(shape, value) for name, shape in SHAPES.items()}
+@pytest.mark.parametrize(
+    ("name", "groups", "spoiled"), [*((name, 3, 1) for name in RULES), ("median", 5, 2), ("centred_clip", 5, 2)]
+)
+def test_spoiled_groups_cannot_move_the_result_far(name: str, groups: int, spoiled: int) -> None:
+    """As many as `fleet round start --help` says: one of three, with the median two of five."""
+    honest_GC = drawn(groups - spoiled)
+    means = [(delta_of(np.full(SIZE, 1e6)), 1000) for _ in range(spoiled)]
+    means += [(delta_of(mean_C), 3) for mean_C in honest_GC]
+    off = np.linalg.norm(flat(robust.bucketed(RULES[name], means, SHAPES)) - honest_GC.mean(0))
+    assert off <= 1.5 * np.linalg.norm(honest_GC - honest_GC.mean(0), axis=1).max()
+
+
+@pytest.mark.parametrize(("value", "boxes", "reason"), [(np.inf, 2, "holds NaN or infinity"), (1.0, 0, "no weight")])
+def test_unsound_group_is_refused(value: float, boxes: int, reason: str) -> None:
+    mean = {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
     with pytest.raises(TrustError, match=reason):
-        robust.bucketed(Median(), Updates(lambda: iter([(total, weight)]), 1, SHAPES))
+        robust.bucketed(Median(), [(mean, boxes)], SHAPES)
 
 
 # --- where a running sum stands -------------------------------------------------------------------

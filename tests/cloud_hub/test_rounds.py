@@ -291,8 +291,19 @@ def test_settled_before_the_sum_is_told_the_active_ones_are_known_after_it() -> 
     agreeing = settled(all_give(at(State.TRAINING), Delivered, "abcd"), "abcd")
     assert agreeing.masked is not None
     assert agreeing.masked.active == frozenset("abcd")
-    unmasking = settled(all_give(agreeing, Signed, "abc"), "abc")
+    unmasking = settled(all_give(agreeing, Signed, "abc"), "abcd")
     assert unmasking.members == {**dict.fromkeys("abc", Member.AGREED), "d": Member.DELIVERED, "e": Member.LEFT}
+
+
+@pytest.mark.parametrize(("state", "event"), [(State.AGREEING, Signed), (State.UNMASKING, Unmasked)])
+def test_whose_group_ended_after_the_sums_were_told_has_left(
+    state: State, event: type[Signed] | type[Unmasked]
+) -> None:
+    after = settled(all_give(at(state), event, "abde"), "abc")
+    gave = STAGES[state].arrived
+    silent = STAGES[state].waits_for[0]
+    assert after.members == {"a": gave, "b": gave, "c": silent, "d": Member.LEFT, "e": Member.LEFT}
+    assert after.state is STAGES[state].then
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The hub's side of a masked round: the sum to the last bit, who may be away when, and shares that lie."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Collection
 
@@ -14,6 +15,7 @@ from cloud_hub import secure_sum
 from cloud_hub.secure_sum import MaskedSum
 from edge_agent import masking as box
 from fleet_link import cohort, shares
+from fleet_link.cohort import Roster
 from fleet_link.errors import LinkError, TrustError
 from fleet_link.messages import Survivors, SurvivorsSigned, Unmask, encode
 from tests.masked_support import ID, Round, changed, flipped, identity, names_of, plain_sum, plan, round_of
@@ -334,3 +336,51 @@ def test_the_hubs_values_come_back_from_their_bytes() -> None:
     rebuilt = secure_sum.rebuild(one.circle, one.told, one.unmask())
     for value in (one.circle, one.told, rebuilt):
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=type(value)) == value
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def roster_of(count: int, salt: int = 0) -> Roster:
+    names = names_of(count)
+    digests = tuple(hashlib.sha256(f"{salt} {name}".encode()).digest() for name in names)
+    return Roster(round_of(plan()), tuple(names), digests)
+
+
+@given(st.integers(3, 60), st.integers(3, 12), st.integers(2, 6))
+def test_dealt_groups_are_a_partition_and_none_is_smaller_or_larger_than_promised(
+    boxes: int, groups: int, smallest: int
+) -> None:
+    count = secure_sum.group_count(boxes, groups, smallest)
+    if not count:
+        assert boxes < 3 * smallest
+        return
+    dealt = secure_sum.deal(roster_of(boxes), count)
+    assert sorted(name for names in dealt for name in names) == names_of(boxes)
+    assert 3 <= len(dealt) == count <= groups
+    assert min(map(len, dealt)) >= smallest
+    assert max(map(len, dealt)) <= secure_sum.largest_group(max(boxes, groups * smallest), groups, smallest)
+
+
+def test_any_boxs_keys_deal_all_anew() -> None:
+    """By chance alone: of 12 boxes in 4 groups a pair stays together in 2 of 11 deals."""
+    everyone = roster_of(12)
+    assert secure_sum.deal(everyone, 4) == secure_sum.deal(everyone, 4)
+    together = 0
+    for number in range(300):
+        last = hashlib.sha256(bytes([number % 256, number // 256])).digest()
+        dealt = secure_sum.deal(changed(everyone, keys_digests=(*everyone.keys_digests[:-1], last)), 4)
+        together += any({"box-01", "box-02"} <= set(names) for names in dealt)
+    assert 30 < together < 80
+
+
+def test_each_group_has_its_own_cohort_graph_and_threshold() -> None:
+    one = Round(names_of(11), plan(groups=3, min_cohort=3)).keys()
+    circles = secure_sum.form_circles(round_of(one.plan), one.circle.keys, 3, 3)
+    assert sorted(len(circle.roster.names) for circle in circles) == [3, 4, 4]
+    assert len({circle.digest for circle in circles}) == 3
+    for circle in circles:
+        assert set(circle.graph) == set(circle.roster.names) == set(circle.keys)
+        assert circle.min_cohort == 3
+    with pytest.raises(LinkError, match="8 boxes sent keys, 9 are needed for 3 groups"):
+        secure_sum.form_circles(round_of(one.plan), dict(list(one.circle.keys.items())[:8]), 3, 4)
