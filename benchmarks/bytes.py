@@ -2,19 +2,27 @@
 
 Reads ../shared/data; keeps each row under .bench/bytes as soon as it is measured. One thread.
 Never compares other than at equal rounds, images, seeds and first weights; never averages over less than the last rounds.
-Source: FedAvg (McMahan 2017); the codecs are models.addable (masked rounds), models.delta and benchmarks.sparse (open rounds).
+Source: FedAvg (McMahan 2017); the codecs are models.addable (masked rounds), models.drawn_delta and models.delta (open
+rounds), and benchmarks.sparse, which no round has.
 
 Every arm starts from weights trained on two other public sets, as a fleet starts from the shipped bundle. One epoch at a
 site and round, the rate falling over the rounds; `rate` is the arm's own factor on it. An arm that `trains_chosen` moves
-at the site only heads, norms and the coordinates that the round's seed draws (models.drawn), as a box does.
+at the site only heads, norms and the coordinates that the round's seed draws (models.drawn), as a box does. Bytes are those
+of the sealed update: payload, signature, certificate, encapsulated key.
+
+The arms of the claim come first, in all seeds; each row is kept as soon as it is there, so that a run that was stopped goes
+on where it was. Progress goes to stderr.
 """
 
 import hashlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import count, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,9 +31,11 @@ from rich.table import Table
 from safetensors import numpy as safetensors_numpy
 
 from benchmarks.exchanges import Arm, Codec, exchange_of
+from benchmarks.link import updates
 from benchmarks.network import federated, images
 from benchmarks.network.federated import LOCAL, SITES, Scene, Weights
 from benchmarks.network.results import Results, Row, code_digest
+from fleet_link import sealing
 from models import delta
 from models.bundle import write_durably
 from models.examples import Example
@@ -33,6 +43,7 @@ from models.fitting import train
 from models.network import NANO, Hybrid, config_of
 from models.predicting import predict
 from models.restore import load_weights, weights_of
+from models.round_layout import OPEN_VALUE_BITS, rate_factor
 
 FOLDER = Path(".bench") / "bytes"
 SIZE_PX = 64
@@ -42,7 +53,7 @@ GOAL_FACTORS = {"masked": 50.0, "open": 200.0}
 PUBLIC_EPOCHS, PUBLIC_IMAGES = 8, 1500
 SITE_PLAN = replace(LOCAL, batch=8, learning_rate=2e-3)  # small steps of few images: a site has 4 to 140 of them
 
-_ROUNDS: dict[Codec, str] = {"float32": "open", "int8": "open", "addable": "masked", "sparse": "open"}
+_ROUNDS: dict[Codec, str] = {"float32": "open", "int8": "open", "addable": "masked", "drawn": "open", "sparse": "open"}
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,15 @@ class Extent:
 
 
 FEDAVG = Arm("float32")
-_CHOSEN_28TH = Arm("sparse", share=1 / 28, value_bits=3, trains_chosen=True, rate=4.0)
+OPEN_SHARE = Arm("drawn", share=0.034, value_bits=OPEN_VALUE_BITS, trains_chosen=True, rate=rate_factor(0.034))
+MASKED_SHARE = replace(OPEN_SHARE, codec="addable", value_bits=12, word_bits=16)
+CLAIM = (FEDAVG, MASKED_SHARE, OPEN_SHARE)
 ARMS = (
-    FEDAVG,
+    *CLAIM,
     replace(FEDAVG, rate=2.0),
-    replace(_CHOSEN_28TH, codec="addable", value_bits=12, word_bits=16),
+    replace(OPEN_SHARE, value_bits=4),
+    replace(OPEN_SHARE, rate=6.0),
     Arm("sparse", share=0.01, value_bits=2, has_memory=True),
-    _CHOSEN_28TH,
-    replace(_CHOSEN_28TH, rate=6.0),
     Arm("addable", "norms", value_bits=12, word_bits=16, rate=4.0),
     Arm("addable", share=1 / 25, value_bits=12, word_bits=16),
     Arm("sparse", share=0.003, value_bits=2, has_memory=True),
@@ -82,25 +94,33 @@ def measure(*, quick: bool) -> dict[str, Any]:
         sys.exit(f"the labelled images are not at {images.FOLDER}: this bench needs them (see README, Measure)")
     torch.set_num_threads(1)
     extent = QUICK if quick else FULL
-    results = Results(FOLDER, lambda text: print(text, file=sys.stderr, flush=True))
+    numbers, total = count(1), extent.seeds * len(extent.share) * len(extent.arms)
+    results = Results(FOLDER, lambda text: print(f"{next(numbers)} of {total} {text}", file=sys.stderr, flush=True))
     return {"rounds": extent.rounds, "seeds": extent.seeds, "rows": rows(results, extent)}
 
 
 def rows(results: Results, extent: Extent) -> list[Row]:
     found = []
-    for seed in range(extent.seeds):
-        for name, share in extent.share.items():
-            for arm in extent.arms:
-                settings = {"scene": name, "arm": arm.name, "seed": seed, "rounds": extent.rounds, "images": share}
-                settings["code"] = _own_code()
-                found.append(results.row("bytes", settings, partial(_measured, name, share, arm, extent.rounds, seed)))
-    return found
+    for seed, (name, share), arm in _order(extent):
+        settings = {"scene": name, "arm": arm.name, "seed": seed, "rounds": extent.rounds, "images": share}
+        settings["code"] = _own_code()
+        found.append(results.row("bytes", settings, partial(_measured, name, share, arm, extent.rounds, seed)))
+    shown = [arm.name for arm in extent.arms]
+    return sorted(found, key=lambda row: (list(extent.share).index(row["scene"]), shown.index(row["arm"])))
+
+
+def _order(extent: Extent) -> Iterator[tuple[int, tuple[str, float], Arm]]:
+    """The claim's arms in all seeds before any other."""
+    claimed = [arm for arm in extent.arms if arm in CLAIM]
+    others = [arm for arm in extent.arms if arm not in CLAIM]
+    for arms in (claimed, others):
+        yield from product(range(extent.seeds), extent.share.items(), arms)
 
 
 def _own_code() -> str:
     """Results knows the code of the networks; figures depend on this module and its exchanges too."""
-    here = Path(__file__)
-    return hashlib.sha256(here.read_bytes() + here.with_name("exchanges.py").read_bytes()).hexdigest()[:8]
+    files = (Path(__file__).with_name(name) for name in (Path(__file__).name, "exchanges.py", "sparse.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def _measured(scene: str, share: float, arm: Arm, rounds: int, seed: int) -> Row:
@@ -162,7 +182,8 @@ def run(scene: Scene, arm: Arm, rounds: int, seed: int) -> Row:
         "accuracy": float(np.mean(accuracies)),
         "accuracy_by_round": accuracies,
         "validation": len(scene.validation),
-        "bytes": sent / rounds / len(scene.sites),
+        "bytes": sent / rounds / len(scene.sites) + sealing_bytes(),
+        "payload_bytes": sent / rounds / len(scene.sites),
         "largest_norm": largest,
     }
 
@@ -177,6 +198,19 @@ def _trained(
         plan = replace(plan, share=arm.share, share_seed=drawn_by)
     train(network, site, plan, lambda epoch, loss: None)
     return weights_of(network)
+
+
+@cache
+def sealing_bytes() -> int:
+    """What sealing adds to a payload, whatever it is."""
+    with TemporaryDirectory() as folder:
+        made = updates.written(Path(folder), "unsafe_open", parameters=10_000, boxes=1)
+        name = updates.NAMES[0]
+        sealed = made.update(name).read_bytes()
+        opened = sealing.open_update(
+            sealed, private_key=made.sealing_key, trust=made.trust, sender=name, plan=made.plan, now=time.time()
+        )
+    return len(sealed) - len(opened.payload)
 
 
 def _new(scene: Scene) -> Hybrid:
@@ -202,8 +236,8 @@ def _accuracy(network: Hybrid, examples: Sequence[Example]) -> float:
 
 def _fewer(examples: Sequence[Example], share: float) -> list[Example]:
     """Evenly spread over the file order."""
-    count = min(len(examples), max(SITES, round(len(examples) * share)))
-    return [examples[i] for i in np.linspace(0, len(examples) - 1, count).astype(int)]
+    number = min(len(examples), max(SITES, round(len(examples) * share)))
+    return [examples[i] for i in np.linspace(0, len(examples) - 1, number).astype(int)]
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""The addable delta codec of masked rounds beside the int8 codec of open rounds: time, bytes, error of the mean.
+"""The addable delta codec of masked rounds beside the two codecs of open rounds: time, bytes, error of the mean.
 
 Draws deltas whose tensors differ in scale as a network's do; encodes one of eight boxes', decodes the sum of all eight.
 Never compares across runs. The error is of the mean of eight, over the norm of the true one, at the coordinates sent.
@@ -15,19 +15,22 @@ from rich.table import Table
 
 from models import addable, delta
 from models.addable import Layout
+from models.drawn import Drawn
+from models.drawn_delta import DrawnCodec
 
 BOXES = 8
 CLIP_NORM = 1.0
 SIZES = (1_000_000, 5_000_000)
 BITS = (4, 8, 12, 16)
 SHARES = (1.0, 1 / 16)
+DRAWN_BITS = (2, 3, 4, 8)
 COMMON = 0.7  # part of each delta that all boxes have in common: boxes learn alike, not the same
 Arrays = dict[str, NDArray[np.float32]]
 Shapes = dict[str, tuple[int, ...]]
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
-    """Median over the repetitions of one box's encoding and of decoding: the sum, or for int8 one box of the eight."""
+    """Median over the repetitions of one box's encoding and of decoding: the sum, or in an open round one box of the eight."""
     repetitions = 3 if quick else 11
     rows = []
     for size in SIZES:
@@ -36,6 +39,10 @@ def measure(*, quick: bool) -> dict[str, Any]:
         rows.append(
             {"size": size, "codec": "int8 of open rounds (decode: one box)"} | _int8(shapes, deltas, repetitions)
         )
+        for bits in DRAWN_BITS:
+            codec = DrawnCodec(Drawn(shapes, b"benchmark", SHARES[-1]), bits, CLIP_NORM * BOXES)
+            name = f"drawn, {bits} bits, share 1/{round(1 / SHARES[-1])} (decode: one box)"
+            rows.append({"size": size, "codec": name} | _drawn(codec, deltas, repetitions))
         for share in SHARES:
             for bits in BITS:
                 word_bits = 16 if bits <= addable.value_bits_for(16, BOXES) else 32
@@ -126,6 +133,23 @@ def _int8(shapes: Shapes, deltas: list[Arrays], repetitions: int) -> dict[str, A
         "decode_ms": _median_ms(lambda: delta.decode(payloads[0], shapes), repetitions),
         "bytes": len(payloads[0]),
         "relative_error": _relative_error(_mean([delta.decode(payload, shapes) for payload in payloads]), deltas),
+        "relative_bound": None,
+    }
+
+
+def _drawn(codec: DrawnCodec, deltas: list[Arrays], repetitions: int) -> dict[str, Any]:
+    """Of the drawn coordinates of the same deltas."""
+    masks = codec.drawn.masks()
+    cut = [{name: np.where(masks[name], value, np.float32(0)) for name, value in one.items()} for one in deltas]
+    payloads = [codec.encode(one, index) for index, one in enumerate(cut)]
+    mean = _mean([codec.decode(payload) for payload in payloads])
+    return {
+        "encode_ms": _median_ms(lambda: codec.encode(cut[0], 0), repetitions),
+        "encode_memory_ms": None,
+        "decode_ms": _median_ms(lambda: codec.decode(payloads[0]), repetitions),
+        "bytes": len(payloads[0]),
+        "relative_error": delta.norm({name: mean[name] - value for name, value in _mean(cut).items()})
+        / delta.norm(_mean(cut)),
         "relative_bound": None,
     }
 

@@ -2,7 +2,7 @@
 
 Reads and writes arrays in memory. Masks of masked rounds cancel in the sum and are left out.
 Never keeps between rounds anything but what a box would: its memory.
-Source: models.addable (masked rounds), models.delta and benchmarks.sparse (open rounds).
+Source: models.addable (masked rounds), models.drawn_delta and models.delta (open rounds); benchmarks.sparse is of this bench alone.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from benchmarks.network.federated import SITES, Weights
 from models import addable, delta
 from models.delta import Trainable
 from models.drawn import Drawn
+from models.drawn_delta import DrawnCodec
 from models.layout import Layout
 
 # Root mean square of a moved coordinate at the clip norm, at rate 1: above that of any site here, so that none is clipped.
 CLIP_SPREAD = 0.02
 Shapes = dict[str, tuple[int, ...]]
-Codec = Literal["float32", "int8", "addable", "sparse"]
+Codec = Literal["float32", "int8", "addable", "drawn", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class Arm:
     value_bits: int = 0
     word_bits: int = 0
     has_memory: bool = False
-    trains_chosen: bool = (
-        False  # heads, norms and the share that the round's seed draws; else the share is taken afterwards
-    )
+    trains_chosen: bool = False  # heads, norms and the drawn share, as boxes do; else the share is taken afterwards
     rate: float = 1.0  # times the plan's
 
     @property
@@ -65,7 +64,7 @@ class Exchange(Protocol):
 def exchange_of(arm: Arm, shapes: Shapes, seed: int) -> Exchange:
     if arm.codec == "addable":
         return _Addable(arm, shapes, seed)
-    if arm.codec == "sparse" and arm.trains_chosen:
+    if arm.codec == "drawn":
         return _Drawn(arm, shapes, seed)
     if arm.codec == "sparse":
         return _Each(_Sparse(arm, shapes), shapes)
@@ -100,7 +99,7 @@ class _Float32:
 
 
 class _Int8:
-    """What open rounds send today."""
+    """What open rounds of all weights send."""
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes, self._sent = shapes, 0
@@ -164,38 +163,29 @@ class _Addable:
 
 
 class _Drawn:
-    """Open rounds whose coordinates the round's seed draws: no position travels, and the site trains them alone.
-
-    Heads and norms have a scale of their own beside that of the drawn coordinates.
-    """
+    """Open rounds of a share, as boxes send them."""
 
     def __init__(self, arm: Arm, shapes: Shapes, seed: int) -> None:
-        self._arm, self._shapes, self._seed = arm, shapes, seed
-        self._sparsity = sparse.Sparsity(1.0, arm.value_bits)
+        self._arm, self._shapes, self._seed, self._sent = arm, shapes, seed, 0
 
     def begin(self, number: int) -> bytes:
-        self._drawn = _drawn(self._arm, self._shapes, self._seed, number)
-        places = np.arange(self._drawn.size)[self._drawn.places]
-        whole = [np.full(self._shapes[name], name in self._drawn.whole).ravel() for name in self._drawn.names]
-        is_whole = np.concatenate(whole)[places]
-        self._groups = [group for group in (places[is_whole], places[~is_whole]) if group.size]
-        self._total = np.zeros(self._drawn.size, np.float32)
-        self._weight = 0.0
-        return self._drawn.seed
+        drawn = _drawn(self._arm, self._shapes, self._seed, number)
+        self._codec = DrawnCodec(drawn, self._arm.value_bits, _clip_norm(self._arm, drawn.chosen))
+        self._mean = _Each(self._through_codec, self._shapes)
+        self._mean.begin(number)
+        return drawn.seed
 
     def send(self, site: int, change: Weights, weight: float) -> int:
-        vector = np.concatenate([change[name].ravel() for name in self._drawn.names])
-        length = 0
-        for group in self._groups:
-            payload, _ = sparse.encode({"drawn": vector[group]}, self._sparsity, _clip_norm(self._arm, group.size))
-            decoded = sparse.decode(payload, {"drawn": (group.size,)}, self._sparsity)["drawn"]
-            self._total[group] += decoded * np.float32(weight)
-            length += len(payload)
-        self._weight += weight
-        return length
+        return self._mean.send(site, change, weight)
 
     def mean(self) -> Weights:
-        return self._drawn.cut((self._total / self._weight).astype(np.float32))
+        return self._mean.mean()
+
+    def _through_codec(self, site: int, change: Weights) -> tuple[int, Weights]:
+        self._sent += 1
+        clipped, _ = delta.clip(change, self._codec.clip_norm)
+        payload = self._codec.encode(clipped, self._sent)
+        return len(payload), self._codec.decode(payload)
 
 
 def _drawn(arm: Arm, shapes: Shapes, seed: int, number: int) -> Drawn:

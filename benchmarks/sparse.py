@@ -1,11 +1,11 @@
-"""The sparse delta codec of open rounds: the largest changes of a box in few bits; the rest waits in its memory.
+"""A sparse delta codec that no round has, to compare with: a box's largest changes in few bits; the rest waits in its memory.
 
 Reads and writes arrays and bytes in memory; what the plan does not promise exactly is refused with DeltaError.
 Never does I/O or draws noise: the same delta and memory give the same bytes.
 Source: top-k with memory Stich 2018, Lin 2018; positions as gaps Sattler 2019; Huffman code of DEFLATE, RFC 1951.
 
 Layout: magic · float32 smallest · float32 step · DEFLATE of the gaps' classes · DEFLATE of the values' symbols · the
-gaps' low bits; all of it but the values is left out where all coordinates are sent. How many values there are and their bits follow from the plan, so a payload cannot say otherwise. A gap
+gaps' low bits. How many values there are and their bits follow from the plan, so a payload cannot say otherwise. A gap
 is written as its two highest bits, which the Huffman code shortens by how often they come, and its lower bits, which
 are as good as random. On deltas of the hybrid this is 1 to 3 % longer than the arithmetic code of `constriction`;
 zstandard and lzma of gaps as bytes are 3 to 10 % longer than that (7,313 to 731 of 731,304 coordinates).
@@ -85,7 +85,7 @@ def encode(
     places = _largest(vector, sparsity.kept(vector.size))
     smallest, step, levels = _quantise(np.abs(vector[places]), sparsity.levels, clip_norm)
     is_negative = np.signbit(vector[places])
-    payload = b"".join([MAGIC, _SCALE.pack(smallest, step), _pack(places, levels, is_negative, vector.size, sparsity)])
+    payload = b"".join([MAGIC, _SCALE.pack(smallest, step), _pack(places, levels, is_negative, sparsity)])
     if memory is None:
         return payload, None
     vector[places] -= _values(smallest, step, levels, is_negative)
@@ -194,14 +194,11 @@ def _values(smallest: float, step: float, levels: Whole, is_negative: NDArray[np
     return np.where(is_negative, -magnitudes, magnitudes)
 
 
-def _pack(places: Whole, levels: Whole, is_negative: NDArray[np.bool_], size: int, sparsity: Sparsity) -> bytes:
-    """Where all is sent, there are no positions."""
+def _pack(places: Whole, levels: Whole, is_negative: NDArray[np.bool_], sparsity: Sparsity) -> bytes:
     symbols = (levels * 2 + is_negative).astype(np.uint8)
     if sparsity.value_bits <= _PAIRED_BITS:
         symbols = np.append(symbols, np.zeros(symbols.size % 2, np.uint8))
         symbols = (symbols[0::2] | symbols[1::2] << _PAIRED_BITS).astype(np.uint8)
-    if places.size == size:
-        return _deflate(symbols)
     classes, low_bits = _split(np.diff(places, prepend=-1) - 1)
     return b"".join([_deflate(classes), _deflate(symbols), np.packbits(low_bits).tobytes()])
 
@@ -210,7 +207,7 @@ def _unpack(body: bytes, size: int, sparsity: Sparsity) -> tuple[Whole, Whole, N
     """Places, levels and signs, each checked against what the plan allows."""
     kept = sparsity.kept(size)
     is_paired = sparsity.value_bits <= _PAIRED_BITS
-    classes, body = _inflate(body, kept) if kept < size else (None, body)
+    classes, body = _inflate(body, kept)
     symbols, body = _inflate(body, -(-kept // 2) if is_paired else kept)
     if is_paired:
         symbols = np.stack([symbols & 15, symbols >> _PAIRED_BITS], 1).astype(np.uint8).ravel()
@@ -223,11 +220,7 @@ def _unpack(body: bytes, size: int, sparsity: Sparsity) -> tuple[Whole, Whole, N
     return places, (symbols >> 1).astype(np.int64), (symbols & 1).astype(np.bool_)
 
 
-def _placed(classes: NDArray[np.uint8] | None, low: bytes, size: int) -> Whole:
-    if classes is None:
-        if low:
-            raise DeltaError("something follows the values", advice=_REFUSED)
-        return np.arange(size)
+def _placed(classes: NDArray[np.uint8], low: bytes, size: int) -> Whole:
     places = np.cumsum(_joined(classes, low, size) + 1) - 1
     if int(places[-1]) >= size:
         raise DeltaError("a position beyond the last weight", advice=_REFUSED)

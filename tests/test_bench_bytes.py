@@ -48,7 +48,7 @@ SHAPES = {"body": (5, 7), "head.bias": (11,)}
     "arm",
     [
         Arm("addable", share=0.25, value_bits=12, word_bits=16, trains_chosen=True),
-        Arm("sparse", share=0.25, value_bits=3, trains_chosen=True),
+        Arm("drawn", share=0.25, value_bits=3, trains_chosen=True),
     ],
 )
 def test_what_sites_train_is_what_arrives(arm: Arm) -> None:

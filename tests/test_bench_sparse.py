@@ -52,16 +52,6 @@ def test_the_payload_by_hand() -> None:
     assert np.flatnonzero(decoded["stem.weight"]).tolist() == [1, 3, 4]  # 3 + 2 = 0b101: class 2, low bit 1
 
 
-def test_where_all_is_sent_no_position_is() -> None:
-    all_of_them = Sparsity(1.0, 2)
-    content = payload(classes=b"", symbols=huffman([0x21, 0x02, 0x33, 0, 0]))
-    decoded = sparse.decode(content, SHAPES, all_of_them)
-    assert decoded["head.bias"].tolist() == [-1.0, 2.0]
-    assert decoded["stem.weight"].tolist() == [[2.0, 1.0, -2.0, -2.0], [1.0, 1.0, 1.0, 1.0]]
-    with pytest.raises(DeltaError, match="something follows"):
-        sparse.decode(content + b"\0", SHAPES, all_of_them)
-
-
 def test_the_largest_are_sent_and_the_rest_waits() -> None:
     sent, memory = sparse.encode(HAND, THREE_OF_TEN, 10.0, np.zeros(10, np.float32))
     decoded = sparse.decode(sent, SHAPES, THREE_OF_TEN)

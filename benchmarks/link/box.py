@@ -37,13 +37,14 @@ def main() -> int:
     return 0
 
 
-def make_up_cases(data_dir: Path, bundle: Path) -> None:
-    """Reviewed series that the policy may learn from. Before the daemon starts."""
+def make_up_cases(data_dir: Path, bundle: Path, first: int = 1, count: int = EXAMPLES) -> None:
+    """Reviewed series that the policy may learn from: before the daemon starts, or as new ones while it runs."""
     spec = next(spec for spec in read_bundle(bundle).manifest.inputs if spec.modality == "XR")
     db = database.connect(data_dir)
     try:
-        for number in range(1, EXAMPLES + 1):
-            _insert(db, number, learn.example_path(number, spec))
+        for number in range(first, first + count):
+            with database.transaction(db):
+                _insert(db, number, learn.example_path(number, spec))
             path = data_dir / learn.example_path(number, spec)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()

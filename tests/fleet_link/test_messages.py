@@ -73,7 +73,7 @@ def test_a_plan_that_says_nothing_of_masks_is_written_as_older_software_does(pla
         {"sealing_key": b""},
         {"message_id": "0" * 31},
         {"word_bits": 24},
-        {"value_bits": 3},
+        {"value_bits": 1},
         {"value_bits": 17},
         {"boxes_max": 0},
         {"boxes_max": 1001},
