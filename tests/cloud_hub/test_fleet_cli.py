@@ -14,7 +14,8 @@ from rich.measure import Measurement
 from typer.testing import CliRunner
 
 from benchmarks.processes import free_port
-from cloud_hub import database, fleet_cli, fleet_tables, terminal
+from cloud_hub import database, fleet_cli, fleet_client, fleet_rounds, fleet_tables, terminal
+from cloud_hub.fleet_output import Hub
 from fleet_link import tokens
 from tests.cloud_hub.hub_support import HttpsHub, make_hub_files, seed_fleet
 
@@ -210,8 +211,8 @@ def test_help_needs_no_hub(words: list[str], tmp_path: Path, monkeypatch: pytest
 
 
 def test_waiting_follows_a_round_to_its_end(seeded: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_cli, "POLL_S", 0.01)
-    hub = fleet_cli.Hub(fleet_cli.fleet_client.find(Path(seeded.options[1]), None, None, None))
+    monkeypatch.setattr(fleet_rounds, "POLL_S", 0.01)
+    hub = Hub(fleet_client.find(Path(seeded.options[1]), None, None, None))
 
     def finish() -> None:
         with seeded.hub.files.database.writing() as session:
@@ -219,6 +220,6 @@ def test_waiting_follows_a_round_to_its_end(seeded: Fleet, monkeypatch: pytest.M
 
     timer = threading.Timer(0.1, finish)
     timer.start()
-    row = fleet_cli._follow(hub, "round-3", quiet=False)
+    row = fleet_rounds.follow(hub, "round-3", quiet=False)
     timer.join()
     assert row["state"] == "released"
