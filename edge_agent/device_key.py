@@ -48,7 +48,9 @@ def passphrase() -> bytes | None:
     """None where systemd holds none for this process. Raises SiteError where it holds one that cannot be used."""
     given = os.environ.get("CREDENTIALS_DIRECTORY")
     found = _read(Path(given) / CREDENTIAL) if given else None
-    if found is None and os.access(OPENED, os.R_OK):
+    if (
+        found is None and SEALED.exists() and os.access(OPENED, os.R_OK)
+    ):  # left open where it was removed: for nobody's use
         found = _read(OPENED)
     if found == b"":
         raise SiteError(f"the credential {CREDENTIAL} is empty", advice=f"remove {SEALED} and seal another passphrase")
@@ -67,7 +69,7 @@ def check_open(path: Path, passphrase: bytes | None) -> None:
         raise LockedError(
             f"{path.name} is encrypted, and its passphrase is not here",
             advice="`systemctl restart wardround-edge-key wardround-edge`; where nothing opens it any more (another machine, another TPM):"
-            f" remove {SEALED}, stop the agent, `edge-agent enroll --replace TOKEN`",
+            f" `systemctl stop wardround-edge wardround-edge-key`, remove {SEALED}, `edge-agent enroll --replace TOKEN`",
         )
 
 

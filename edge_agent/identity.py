@@ -5,6 +5,7 @@ Never sends the private key; never trusts a hub whose root is not the one in the
 Source: EST, RFC 7030 sections 4.1 and 4.2; PKCS #7 certs-only, RFC 5272.
 """
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from edge_agent.config import Hub
 from fleet_link import pki, tokens
 from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.files import move_durably, write_durably
+
+log = logging.getLogger(__name__)
 
 DAY_S = 86400.0
 
@@ -171,7 +174,17 @@ def load(data_dir: Path, passphrase: bytes | None = None) -> Enrolled:
 def protect(data_dir: Path, passphrase: bytes | None) -> None:
     """Encrypt what lies in clear: keys made before there was a passphrase, or by somebody who could not read it."""
     for part in (folder, draft, renewed):
-        device_key.protect(part(data_dir).key, passphrase)
+        here = part(data_dir)
+        for copy in here.path.glob(f".{here.key.name}-*"):  # of a key that was being written when the power went
+            copy.unlink(missing_ok=True)
+        try:
+            device_key.protect(here.key, passphrase)
+        except SiteError as error:
+            if part is folder:
+                raise
+            log.warning(
+                "%s of a half-done enrolment or renewal: %s", here.key.name, error
+            )  # made anew when it is needed
 
 
 def enroll(token_text: str, data_dir: Path, *, replace: bool = False, passphrase: bytes | None = None) -> Enrolled:

@@ -73,7 +73,10 @@ def _judge(db: sqlite3.Connection, config: Config, identity: Identity, invited: 
     )
     if not facts.base_here and bundles.is_coming(db, plan.base_digest) and now < plan.deadline_unix_s:
         return
-    if plan.kind == "masked" and not plan.noise and _is_in_another(db, plan) and now < plan.deadline_unix_s:
+    if now < plan.deadline_unix_s and (
+        (plan.kind == "masked" and not plan.noise and _is_in_another(db, plan))
+        or (plan.buffer and _may_be_counted_elsewhere(db, plan))
+    ):
         return
     reason = _against_buffer(plan) or policy.may_join(plan, config.policy, facts, now)
     if reason and _is_too_early(db, config, invited, facts, now):
@@ -93,6 +96,14 @@ def _is_in_another(db: sqlite3.Connection, plan: RoundPlan) -> bool:
     return any(
         other.round_id != plan.round_id and other.plan.kind == "masked"
         for other in ledger.in_states(db, State.PREPARING, *WITH_SECRETS)
+    )
+
+
+def _may_be_counted_elsewhere(db: sqlite3.Connection, plan: RoundPlan) -> bool:
+    """Another buffered round in the open has the spooled update, or may take it, and its end is not known here yet."""
+    return any(
+        other.round_id != plan.round_id and ledger.kind_of(other.plan) == "buffered_open"
+        for other in ledger.in_states(db, State.PREPARING, State.TRAINING, State.UPLOADING)
     )
 
 

@@ -96,6 +96,8 @@ class Learner:
         waiting = reversed(ledger.in_states(db, *TO_WORK_ON))
         # Late ones last: what a round that is on trains from a newer base serves them as well.
         for open_round in sorted(waiting, key=lambda known: known.state is State.LATE):
+            if open_round.state is State.LATE and ledger.in_states(db, State.TRAINING):
+                break  # one that is held up: what it seals would drop what comes of this
             if not stop.is_set() and time.monotonic() >= self._retry_at.get(open_round.round_id, 0.0):
                 self._work_on(db, open_round, self._enrolled.identity, stop)
 

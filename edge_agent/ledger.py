@@ -226,7 +226,8 @@ def _store(db: sqlite3.Connection, before: Round, state: State, outcome: Outcome
     if outcome.used is not None and state is State.UPLOADING:
         used, staleness = outcome.used
         db.execute(
-            "INSERT OR REPLACE INTO stale_updates VALUES (?, ?, ?)", (after.round_id, used.base_digest, staleness)
+            "INSERT OR REPLACE INTO stale_updates VALUES (?, ?, ?, ?)",
+            (after.round_id, used.base_digest, staleness, used.sha256),
         )
     return after
 
@@ -262,6 +263,8 @@ def _carry_out(db: sqlite3.Connection, command: Command, of: Round, outcome: Out
         spool.show(db)
     elif command is Command.DROP_SPOOL:
         spool.drop(db)
+    elif command is Command.DROP_USED:
+        spool.drop_used(db, of.round_id)
 
 
 def _drop_part(db: sqlite3.Connection, round_id: str) -> None:

@@ -71,8 +71,8 @@ def may_join(plan: RoundPlan, policy: Policy, facts: Facts, now: float) -> str:
         return against_budget(policy, facts.costs_before, facts.cost)
     if plan.kind == "masked" and facts.new_since_opened is not None and facts.new_since_opened < needed:
         return (
-            f"a sum with this box's update over the same base was opened before, and {facts.new_since_opened} verdicts are new "
-            f"since, needs {needed}: the difference of two such sums could be one site's update"
+            f"a sum with this box's update over the same base may have been opened before, and {facts.new_since_opened} verdicts "
+            f"are new since, needs {needed}: the difference of two such sums could be one site's update"
         )
     return ""
 

@@ -59,7 +59,9 @@ class Command(StrEnum):
     SAY_NO = "say-no"
     SAY_STAGE = "say-stage"  # the message of a masked round that came with the event
     KEEP_PART = "keep-part"  # the box's part in a masked round that came with the event
-    NOTE_OPENED = "note-opened"  # a sum with this box's update may be read from now on
+    NOTE_OPENED = (
+        "note-opened"  # its neighbours can open a sum with this box's update from now on, and it may never hear of it
+    )
     DROP_PART = "drop-part"  # its secrets, what it had still to say and what it had pledged of its privacy budget
     PLEDGE_PRIVACY = "pledge-privacy"  # where the round has noise: what it would cost counts from now on
     SPEND_PRIVACY = "spend-privacy"  # the pledge is spent, whatever becomes of the round
@@ -69,6 +71,7 @@ class Command(StrEnum):
     KEEP_SPOOL = "keep-spool"  # the raw update that came with the event; one that is there already stays
     SHOW_SPOOL = "show-spool"  # the hub may read it from now on: no masked sum may hide it among others any more
     DROP_SPOOL = "drop-spool"  # it is in a sum, or another update is: no update is ever in two
+    DROP_USED = "drop-used"  # from the spool what this round sealed, if it is still there
 
 
 S, E, C = State, Event, Command
@@ -127,13 +130,16 @@ MASKED: Table = MappingProxyType(
     | {
         (S.KEYED, E.COHORT_ENTERED): (S.SHARED, (C.KEEP_PART, C.SAY_STAGE)),
         (S.SHARED, E.SHARES_OPENED): (S.TRAINING, (C.KEEP_PART,)),
-        (S.TRAINING, E.SEALED): (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE, C.DROP_SPOOL)),
+        (S.TRAINING, E.SEALED): (
+            S.UPLOADING,
+            (C.KEEP_PART, C.SPEND_PRIVACY, C.NOTE_OPENED, C.OFFER_UPDATE, C.DROP_SPOOL),
+        ),
         (S.UPLOADING, E.ACCEPTED): (S.DELIVERED, (C.DROP_TRANSFER,)),
         (S.UPLOADING, E.REJECTED): (S.CLOSED, (C.DROP_PART, *_END)),
         # The lists name this box: the hub has its update, though its receipt was lost.
         (S.UPLOADING, E.SURVIVORS_SIGNED): (S.AGREED, (C.KEEP_PART, C.SAY_STAGE, C.DROP_TRANSFER)),
         (S.DELIVERED, E.SURVIVORS_SIGNED): (S.AGREED, (C.KEEP_PART, C.SAY_STAGE)),
-        (S.AGREED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE, C.NOTE_OPENED)),
+        (S.AGREED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE,)),
         (S.UNMASKED, E.UNMASK_GIVEN): (S.UNMASKED, (C.SAY_STAGE,)),
     }
 )
@@ -163,11 +169,14 @@ BUFFERED_OPEN: Table = MappingProxyType(
         (S.PREPARING, E.PREPARED): (S.TRAINING, (C.KEEP_SPOOL,)),
         (S.TRAINING, E.LOST): (S.PREPARING, ()),
         (S.TRAINING, E.SEALED): (S.UPLOADING, (C.OFFER_UPDATE, C.SHOW_SPOOL)),
-        (S.UPLOADING, E.ACCEPTED): (S.DELIVERED, (C.DROP_TRANSFER, C.DROP_SPOOL)),
+        (S.UPLOADING, E.ACCEPTED): (S.DELIVERED, (C.DROP_TRANSFER, C.DROP_USED)),
         (S.UPLOADING, E.LEFT_OUT): (S.CLOSED, _END),
-        # It may have been counted, and the receipt was lost.
-        (S.UPLOADING, E.CLOSED_BY_HUB): (S.CLOSED, (C.DROP_SPOOL, *_END)),
-        (S.UPLOADING, E.GIVEN_UP): (S.CLOSED, (C.DROP_SPOOL, *_END)),
+        # It may have been counted, and the receipt was lost; also where it is about to be sealed a second time.
+        (S.UPLOADING, E.CLOSED_BY_HUB): (S.CLOSED, (C.DROP_USED, *_END)),
+        (S.UPLOADING, E.GIVEN_UP): (S.CLOSED, (C.DROP_USED, *_END)),
+        (S.TRAINING, E.CLOSED_BY_HUB): (S.CLOSED, (C.DROP_USED,)),
+        (S.TRAINING, E.DEADLINE): (S.CLOSED, (C.SAY_NO, C.DROP_USED)),
+        (S.TRAINING, E.LEFT_OUT): (S.CLOSED, ()),
     }
 )
 

@@ -137,7 +137,8 @@ CREATE TABLE IF NOT EXISTS spool (                 -- a trained update that no s
 CREATE TABLE IF NOT EXISTS stale_updates (         -- of buffered rounds: what the sealed update was trained from
   round_id           TEXT PRIMARY KEY REFERENCES rounds(round_id) ON DELETE CASCADE,
   base_digest        TEXT NOT NULL,
-  staleness          INTEGER NOT NULL              -- releases between that base and the round's
+  staleness          INTEGER NOT NULL,             -- releases between that base and the round's
+  sha256             TEXT NOT NULL                 -- as in `spool`
 );
 
 CREATE TABLE IF NOT EXISTS privacy_costs (         -- of rounds with noise; outlives its round: what was spent is never forgotten

@@ -93,6 +93,11 @@ def drop(db: sqlite3.Connection) -> None:
     db.execute("DELETE FROM spool")
 
 
+def drop_used(db: sqlite3.Connection, round_id: str) -> None:
+    """What the round sealed. A later update may have taken its place: that one stays."""
+    db.execute("DELETE FROM spool WHERE sha256 IN (SELECT sha256 FROM stale_updates WHERE round_id = ?)", (round_id,))
+
+
 def remove_strays(db: sqlite3.Connection, data_dir: Path) -> None:
     """Files without a row: what is dropped, and what a kill left before its row was there. For the learner's thread alone."""
     kept = find(db)
@@ -142,7 +147,7 @@ def _against_sums(
     new, needed = replay.new_since_opened(db, base_digest, learned), max(policy.min_examples, plan.min_examples)
     if new is None or new >= needed:
         return ""
-    return f"{new} of its verdicts are new since a sum over its base was opened, needs {needed}"
+    return f"{new} of its verdicts are new since a sum over its base may have been opened, needs {needed}"
 
 
 def staleness(plan: RoundPlan, waiting: Spooled) -> int:

@@ -296,7 +296,9 @@ def write_secret(path: Path, secret: bytes) -> None:
     A hard link is the exclusive step: after a power cut there is no half-written key.
     """
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # O_EXCL, 0600
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"
+        )  # O_EXCL, 0600
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(secret)

@@ -1,6 +1,7 @@
 """The device's key at rest: made, found and made anew encrypted; locked, it keeps the box from its hub and from nothing else."""
 
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def said_of(box: Box, name: str) -> doctor.Check:
 
 def test_the_passphrase_is_what_systemd_gives_the_service_or_has_opened_for_root(credential: Path) -> None:
     device_key.OPENED.write_bytes(b"of root\n")
+    device_key.SEALED.touch()
     assert device_key.passphrase() == PASSPHRASE
     credential.unlink()
     assert device_key.passphrase() == b"of root"
@@ -107,6 +109,32 @@ def test_killed_while_it_encrypts_the_key_is_whole(box: Box, moment: str) -> Non
     assert done.returncode == -signal.SIGKILL
     assert pki.is_encrypted(key_of(box)) is (moment == "after")
     assert identity.load(box.data_dir, PASSPHRASE).identity.name == DEVICE
+
+
+def test_no_copy_in_clear_of_a_key_that_was_being_written_stays(box: Box) -> None:
+    copy = key_of(box).with_name(".device.key-abcd1234.tmp")
+    shutil.copy(key_of(box), copy)
+    identity.protect(box.data_dir, PASSPHRASE)
+    assert not copy.exists()
+    assert pki.is_encrypted(key_of(box))
+
+
+def test_a_damaged_key_of_a_half_done_renewal_keeps_nobody_from_the_hub(box: Box, credential: Path) -> None:
+    spare = identity.renewed(box.data_dir).key
+    spare.parent.mkdir()
+    spare.write_bytes(b"-----BEGIN")
+    enrolled = daemon._enrolled(box.config)
+    assert enrolled is not None
+    assert pki.is_encrypted(key_of(box))
+
+
+def test_an_opened_passphrase_whose_sealed_one_was_removed_encrypts_nothing(
+    credential: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the next boot nothing would open it."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    device_key.OPENED.write_bytes(PASSPHRASE)
+    assert device_key.passphrase() is None
 
 
 def test_a_locked_key_keeps_the_box_from_its_hub_alone_and_is_told_until_it_opens(box: Box, credential: Path) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cloud_hub import secure_sum
 from edge_agent import database, hub_change, invitations, learn, ledger, masking, replay, update
 from edge_agent.rounds import GIVE_UP_AFTER_S, State
 from edge_agent.transfers import Transfers
@@ -488,10 +489,10 @@ def invite_again(fleet: Fleet, **changes: object) -> dict[str, Any]:
 
 def test_a_second_round_waits_until_the_first_is_over(make: Make) -> None:
     fleet = make()
-    fleet.to_stage("delivered")
+    fleet.to_stage("shared")
     assert invite_again(fleet)["state"] == State.INVITED
     fleet.close_round("dropped", "too few")
-    assert invite_again(fleet)["state"] == State.KEYED  # no sum was opened
+    assert invite_again(fleet)["state"] == State.KEYED  # no update was sealed
 
 
 @pytest.mark.parametrize("outcome", ["released", "dropped"])
@@ -501,7 +502,24 @@ def test_over_the_same_base_a_second_sum_needs_new_verdicts(make: Make, outcome:
     fleet.close_round(outcome, "" if outcome == "released" else "no candidate")
     row = invite_again(fleet)
     assert row["state"] == State.DECLINED
-    assert "was opened before, and 0 verdicts are new since, needs 2" in row["reason"]
+    assert "may have been opened before, and 0 verdicts are new since, needs 2" in row["reason"]
+
+
+@pytest.mark.parametrize("hidden", ["survivors", "agreement"])
+def test_a_hub_that_opens_a_sum_without_telling_every_box_gets_no_second_one(make: Make, hidden: str) -> None:
+    """The neighbours' shares are enough to open it."""
+    fleet = make()
+    fleet.to_stage("delivered")
+    fleet.told = secure_sum.settle_survivors(fleet.circle, fleet.sharing, fleet.uploads, message_id=ID)
+    others = [name for name in fleet.told.active if name != "box-1"]
+    for name in others if hidden == "survivors" else fleet.told.active:
+        fleet.tell(name, fleet.told)
+    fleet.hear()
+    for name in others:
+        fleet.tell(name, fleet.agreement(name))
+    assert (fleet.sum() == fleet.plain_sum()).all()
+    fleet.close_round("dropped", "too few signed")
+    assert invite_again(fleet)["state"] == State.DECLINED
 
 
 def test_with_enough_new_verdicts_it_joins(make: Make) -> None:
@@ -516,11 +534,15 @@ def test_with_enough_new_verdicts_it_joins(make: Make) -> None:
     assert invite_again(fleet)["state"] == State.KEYED
 
 
-def test_a_sum_that_was_not_opened_or_has_another_base_is_no_reason(make: Make) -> None:
+def test_a_sum_over_another_base_is_no_reason(make: Make) -> None:
     fleet = make()
     fleet.to_stage("agreed")
     fleet.close_round("dropped", "too few signed")
-    assert invite_again(fleet)["state"] == State.KEYED
+    box = fleet.boxes["box-1"]
+    assert invite_again(fleet)["state"] == State.DECLINED
+    examples = learn.examples(box.db, box.config.policy.tasks, "train")
+    assert replay.new_since_opened(box.db, fleet.plan.base_digest, examples) == 0
+    assert replay.new_since_opened(box.db, "f" * 64, examples) is None
 
 
 # --- distrust -------------------------------------------------------------------------------------

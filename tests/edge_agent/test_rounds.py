@@ -59,10 +59,10 @@ def test_a_masked_round_that_goes_well() -> None:
         (S.KEYED, (C.SAY_YES, C.KEEP_PART, C.PLEDGE_PRIVACY, C.SAY_STAGE)),
         (S.SHARED, (C.KEEP_PART, C.SAY_STAGE)),
         (S.TRAINING, (C.KEEP_PART,)),
-        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE, C.DROP_SPOOL)),
+        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.NOTE_OPENED, C.OFFER_UPDATE, C.DROP_SPOOL)),
         (S.DELIVERED, (C.DROP_TRANSFER,)),
         (S.AGREED, (C.KEEP_PART, C.SAY_STAGE)),
-        (S.UNMASKED, (C.SAY_STAGE, C.NOTE_OPENED)),
+        (S.UNMASKED, (C.SAY_STAGE,)),
         (S.CLOSED, (C.DROP_PART, *END)),
     ]
 
@@ -74,7 +74,7 @@ def test_a_buffered_masked_round_trains_before_it_says_its_keys() -> None:
         (S.KEYED, (C.KEEP_SPOOL, C.KEEP_PART, C.SAY_STAGE)),
         (S.SHARED, (C.KEEP_PART, C.SAY_STAGE)),
         (S.TRAINING, (C.KEEP_PART,)),
-        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.OFFER_UPDATE, C.DROP_SPOOL)),
+        (S.UPLOADING, (C.KEEP_PART, C.SPEND_PRIVACY, C.NOTE_OPENED, C.OFFER_UPDATE, C.DROP_SPOOL)),
     ]
 
 
@@ -83,7 +83,7 @@ def test_a_buffered_open_round_keeps_its_update_until_the_receipt() -> None:
         (S.PREPARING, (C.SAY_YES, C.PLEDGE_PRIVACY)),
         (S.TRAINING, (C.KEEP_SPOOL,)),
         (S.UPLOADING, (C.OFFER_UPDATE, C.SHOW_SPOOL)),
-        (S.DELIVERED, (C.DROP_TRANSFER, C.DROP_SPOOL)),
+        (S.DELIVERED, (C.DROP_TRANSFER, C.DROP_USED)),
         (S.CLOSED, END),
     ]
 
@@ -117,8 +117,11 @@ def test_who_is_late_goes_on_training_for_a_later_round(
         (S.TRAINING, E.LOST, S.PREPARING, ()),
         (S.UPLOADING, E.REJECTED, S.CLOSED, END),
         (S.UPLOADING, E.LEFT_OUT, S.CLOSED, END),
-        (S.UPLOADING, E.CLOSED_BY_HUB, S.CLOSED, (C.DROP_SPOOL, *END)),
-        (S.UPLOADING, E.GIVEN_UP, S.CLOSED, (C.DROP_SPOOL, *END)),
+        (S.UPLOADING, E.CLOSED_BY_HUB, S.CLOSED, (C.DROP_USED, *END)),
+        (S.UPLOADING, E.GIVEN_UP, S.CLOSED, (C.DROP_USED, *END)),
+        (S.TRAINING, E.CLOSED_BY_HUB, S.CLOSED, (C.DROP_USED,)),
+        (S.TRAINING, E.DEADLINE, S.CLOSED, (C.SAY_NO, C.DROP_USED)),
+        (S.TRAINING, E.LEFT_OUT, S.CLOSED, ()),
     ],
 )
 def test_an_open_update_goes_back_to_the_spool_only_where_it_was_surely_not_counted(
