@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_hub.child import dies_with_us
-from fleet_link.errors import WardroundError
+from fleet_link import files
+from fleet_link.errors import SiteError, WardroundError
 from models import weights_file
 from models.bundle import read_bundle, read_manifest
 from models.errors import ModelError
@@ -51,10 +53,20 @@ class Order:
 class Export:
     """One running child. `poll` until it gives the bundle, or `stop`."""
 
-    def __init__(self, order: Order, mean: Mapping[str, NDArray[np.float32]], *, now: float) -> None:
-        """Raises CandidateError when the mean does not fit the base."""
+    def __init__(
+        self,
+        order: Order,
+        mean: Mapping[str, NDArray[np.float32]],
+        *,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises CandidateError when the mean does not fit the base; SiteError or OSError for what may be over in a moment.
+
+        `seconds`: of a clock that nobody sets.
+        """
         self._order = order
-        self._started_at = now
+        self._seconds = seconds
+        self._started_at = seconds()
         self._work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=order.folder))
         self._bundle = self._work / "candidate.bundle"
         weights = self._work / "weights.safetensors"
@@ -62,17 +74,19 @@ class Export:
             name = read_manifest(order.base).name
             weights_file.write_moved(order.base, mean, weights)
         except ModelError as error:
+            if files.may_be_over(error.__cause__):
+                raise SiteError(str(error), advice="check the hub's disk and limits") from error
             raise CandidateError(str(error), advice=error.advice) from error
         arguments = ["--bundle", order.base, "--weights", weights, "--out", self._bundle]
         arguments += ["--name", name, "--version", order.version]
         self._child = self._spawn([*order.command, *map(str, arguments)])
         log.info("candidate %s: export started", order.version)
 
-    def poll(self, now: float) -> Path | None:
+    def poll(self) -> Path | None:
         """The finished bundle, None while the child runs. Raises CandidateError with the child's own words."""
         code = self._child.poll()
         if code is None:
-            if now - self._started_at > self._order.timeout_s:
+            if self._seconds() - self._started_at > self._order.timeout_s:
                 self.stop()
                 raise CandidateError(
                     f"export took longer than {self._order.timeout_s:.0f} s", advice="raise rounds.export_timeout_s"

@@ -15,7 +15,7 @@ from cloud_hub.aggregation import RunningSum
 from cloud_hub.robust import RULES, Deferred, Delta
 from cloud_hub.secure_sum import MaskedSum
 from cloud_hub.update import MaskedOpener, MaskedUpdate, Opener, Update, open_masked, open_update
-from fleet_link import notify
+from fleet_link import files, notify
 from fleet_link.errors import SiteError, TrustError, WardroundError
 from fleet_link.messages import RoundPlan
 from fleet_link.pki import Trust
@@ -185,7 +185,7 @@ def _shapes(plan: RoundPlan, base: Path) -> dict[str, tuple[int, ...]]:
     try:
         shapes = weights_file.shapes(base)
     except BundleError as error:
-        if _may_be_over(error.__cause__):
+        if files.may_be_over(error.__cause__):
             raise SiteError(str(error), advice=error.advice) from error
         raise LostError(f"the round's base cannot be read: {error}", advice=error.advice) from error
     return {name: shapes[name] for name in delta.trainable_names(shapes, plan.trainable)}
@@ -197,15 +197,10 @@ def _reading(row: Counted) -> Iterator[None]:
     try:
         yield
     except (OSError, TrustError) as error:
-        if _may_be_over(error):
+        if files.may_be_over(error):
             raise SiteError(
                 f"the counted update of {row.device} cannot be read now", advice="check the hub's disk and limits"
             ) from error
         raise LostError(
             f"the counted update of {row.device} cannot be read again: {error}", advice="check the hub's disk"
         ) from error
-
-
-def _may_be_over(error: BaseException | None) -> bool:
-    """Too many open files or a moment's trouble of the disk; a file that is not there is lost."""
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

@@ -101,7 +101,7 @@ class Coordinator:
         try:
             if self._export is None:
                 self._export = self._start_export(row, now)
-            bundle = self._export.poll(now)
+            bundle = self._export.poll()
             if bundle is None:
                 return
         except (CandidateError, LostError) as error:
@@ -119,7 +119,7 @@ class Coordinator:
         candidate.clear(folder)
         mean = self._intake.mean(row.round_id)
         base, timeout_s = self._intake.base(row.base_digest), self._config.rounds.export_timeout_s
-        return Export(Order(folder, base, row.round_id, timeout_s, self._export_command), mean, now=now)
+        return Export(Order(folder, base, row.round_id, timeout_s, self._export_command), mean)
 
     def _publish(self, round_id: str, now: float) -> None:
         """In one transaction: the operator cannot drop the round between this look at it and the signature."""

@@ -218,7 +218,7 @@ class Intake:
             self._advance(session, row, rounds.Refused(device), now)
             if part.state == Member.REFUSED:
                 part.reason = reason[:REASON_CHARACTERS]
-        log.warning("round %s: refused the update of %s: %s", round_id, device, reason)
+        log.warning("round %s: refused the update of %s: %s", round_id, device, reason[:REASON_CHARACTERS])
 
     def mean(self, round_id: str) -> Mapping[str, NDArray[np.float32]]:
         """Of a round that is summed: what its updates change on average. Raises LostError when it cannot be made."""

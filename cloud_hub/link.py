@@ -114,7 +114,7 @@ class Link:
             self._transfers.drop_unwanted(now)
             self._owe_everybody(now)
         if self._parts.bus.connected:
-            self._trying(self._transfers.send_due, now)
+            self._trying(lambda _: self._transfers.send_due(), now)
             self._reconcile_due(now, PATIENCE_S if is_behind else 0.0)
 
     def tick(self, round_news: bool) -> None:
@@ -272,11 +272,11 @@ class Link:
             active = active_round(session)
             part = session.get(RoundDevice, (active.round_id, device)) if active is not None else None
             known = {r: session.get(Round, r) for r in statuses}
-            parts = {r: session.get(RoundDevice, (r, device)) for r in statuses}
+            whys = {r: _why_in_no_sum(session, r, device) for r in statuses}
             missing: list[AnyMessage] = []
             if active is not None and part is not None:
                 missing += _of_round(session, active, part, statuses.get(active.round_id))
-        missing += [_closed(r, row, parts[r]) for r, row in known.items() if _lacks_end(row, statuses[r])]
+        missing += [_closed(r, row, whys[r]) for r, row in known.items() if _lacks_end(row, statuses[r])]
         offered = self._parts.distribution.offers.get(device)
         if offered is not None:
             release = Release(offered.release_version, offered.bundle_digest, offered.size, offered.round_id or "")
@@ -360,12 +360,20 @@ def _lacks_end(row: Round | None, status: RoundStatus) -> bool:
     return status.state != "closed" and (row is None or State(row.state) in FINISHED)
 
 
-def _closed(round_id: str, row: Round | None, part: RoundDevice | None) -> RoundClosed:
-    """To a box whose update is in no sum the round is dropped: it may bring the update again."""
+def _why_in_no_sum(session: Session, round_id: str, device: str) -> str:
+    """Nothing of the device is in what the round released, or "" where it is."""
+    part = session.get(RoundDevice, (round_id, device))
+    if part is not None and part.state == Member.LEFT and part.counted_at is None:
+        return part.reason
+    return masked.why_ended(session, round_id, device)
+
+
+def _closed(round_id: str, row: Round | None, why_in_no_sum: str) -> RoundClosed:
+    """To a box whose update is in no sum the round is dropped: what it learned from is not learned yet."""
     if row is None:
         return _dropped(round_id, "the hub has no such round")
-    if part is not None and part.state == Member.LEFT and part.counted_at is None:
-        return _dropped(round_id, part.reason)
+    if why_in_no_sum:
+        return _dropped(round_id, why_in_no_sum)
     if row.state == State.RELEASED:
         return RoundClosed(message_id=_id(), round_id=round_id, outcome="released")
     return _dropped(round_id, row.reason)

@@ -8,8 +8,11 @@ Source: ARCHITECTURE.md, "The link": chunks with a digest, resumed from what the
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from sqlalchemy import delete
 
 from cloud_hub.config import Config
 from cloud_hub.database import Database, Transfer
@@ -37,13 +40,15 @@ class Transfers:
         intake: Intake,
         say: Callable[[str, AnyMessage], None],
         send_chunk: Callable[[str, bytes], bool],
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`send_chunk` gives False while the way out is full."""
+        """`send_chunk` gives False while the way out is full. `seconds`: for pauses; nobody sets that clock."""
         self._config = config
         self._database = database
         self._intake = intake
         self._say = say
         self._send_chunk = send_chunk
+        self._seconds = seconds
         self._incoming: dict[Key, chunks.Incoming] = {}
         self._outgoing: dict[Key, chunks.Outgoing] = {}
         self._heard_at: dict[Key, float] = {}
@@ -102,7 +107,7 @@ class Transfers:
         if incoming.complete:
             del self._incoming[device, transfer_id]
             self._finish(device, incoming, now)
-        elif incoming.progress_due(now):
+        elif incoming.progress_due(self._seconds()):
             progress = TransferProgress(message_id=_id(), transfer_id=transfer_id, received_bitmap=incoming.bitmap)
             self._say(device, progress)
             received = int.from_bytes(incoming.bitmap, "little").bit_count() * incoming.offer.chunk_bytes
@@ -119,11 +124,22 @@ class Transfers:
         folder = self._config.paths.rounds / offer.subject / "incoming" / device
         for key in [key for key in self._incoming if key[0] == device]:
             self._incoming.pop(key).drop()
+            self._row_at.pop(key, None)
         if offer.size > shutil.disk_usage(self._config.paths.data_dir).free // 2:
             raise SiteError("no space for updates", advice="free some disk at the hub; the boxes offer them again")
         folder.mkdir(parents=True, exist_ok=True)
         incoming = chunks.Incoming.open(folder, offer, max_bytes=self._intake.update_bytes_max(offer.subject))
         self._incoming[device, offer.transfer_id] = incoming
+        with self._database.writing() as session:  # of what it offered before under other names nothing comes
+            session.execute(
+                delete(Transfer).where(
+                    Transfer.device == device,
+                    Transfer.direction == "in",
+                    Transfer.subject == offer.subject,
+                    Transfer.state == "open",
+                    Transfer.transfer_id != offer.transfer_id,
+                )
+            )
         self._note(device, offer, "in", 0, now)
         log.info("round %s: receiving %d bytes from %s", offer.subject, offer.size, device)
 
@@ -164,7 +180,7 @@ class Transfers:
         key = (device, transfer_id)
         offer = chunks.new_offer(path, kind="bundle", subject=digest, transfer_id=transfer_id, message_id=_id())
         self._outgoing[key] = chunks.Outgoing(path, offer)
-        self._heard_at[key] = now
+        self._heard_at[key] = self._seconds()
         self._note(device, offer, "out", 0, now)
 
     def on_progress(self, device: str, progress: TransferProgress, now: float) -> None:
@@ -172,8 +188,8 @@ class Transfers:
         outgoing = self._outgoing.get(key)
         if outgoing is None:
             return
-        outgoing.on_progress(progress, now)
-        self._heard_at[key] = now
+        outgoing.on_progress(progress, self._seconds())
+        self._heard_at[key] = self._seconds()
         self._note(device, outgoing.offer, "out", outgoing.bytes_sent, now)
 
     def on_receipt(self, device: str, receipt: TransferReceipt, now: float) -> None:
@@ -185,9 +201,9 @@ class Transfers:
         self._note(device, outgoing.offer, "out", outgoing.bytes_sent, now, state=state, reason=receipt.reason)
         log.info("bundle %s: %s by %s", outgoing.offer.subject[:12], state, device)
 
-    def send_due(self, now: float) -> None:
+    def send_due(self) -> None:
         """Offers, and as many chunks as window and queue take."""
-        troubles = []
+        troubles, now = [], self._seconds()
         for (device, transfer_id), outgoing in list(self._outgoing.items()):
             if now - self._heard_at[device, transfer_id] > SILENCE_S:
                 self._outgoing.pop((device, transfer_id)).close()
@@ -221,9 +237,9 @@ class Transfers:
         reason: str = "",
     ) -> None:
         key = (device, offer.transfer_id)
-        if state == "open" and now - self._row_at.get(key, 0.0) < ROW_S:
+        if state == "open" and self._seconds() - self._row_at.get(key, -ROW_S) < ROW_S:
             return
-        self._row_at[key] = now
+        self._row_at[key] = self._seconds()
         if state != "open":
             del self._row_at[key]
         with self._database.writing() as session:

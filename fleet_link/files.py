@@ -57,3 +57,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def may_be_over(error: BaseException | None) -> bool:
+    """Too many open files or a moment's trouble of the disk; a file that is not there is lost."""
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

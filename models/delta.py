@@ -142,7 +142,7 @@ def read(payload: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Quantised:
     names = [tensor.name for tensor in tensors]
     if sorted(names) != sorted(shapes):
         odd = sorted(set(names) ^ set(shapes)) or ["a name given twice"]
-        raise DeltaError(f"the delta does not hold the expected tensors: {odd[0]}", advice=_REFUSED)
+        raise DeltaError(f"the delta does not hold the expected tensors: {odd[0][:80]!r}", advice=_REFUSED)
     levels: dict[str, NDArray[np.int8]] = {}
     for tensor in tensors:
         if tensor.shape != tuple(shapes[tensor.name]):

@@ -8,7 +8,7 @@ Source: safetensors' format: u64 length · JSON header · the tensors one after 
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,9 +68,17 @@ def write_moved(bundle: Path, change: Mapping[str, NDArray[np.float32]], out: Pa
 
 @contextmanager
 def _opened(bundle: Path) -> Iterator[IO[bytes]]:
+    """What is written meanwhile may fail for reasons of its own: those are not the bundle's."""
+    with ExitStack() as stack:
+        with _reading(bundle):
+            member = stack.enter_context(stack.enter_context(zipfile.ZipFile(bundle)).open(WEIGHTS))
+        yield member
+
+
+@contextmanager
+def _reading(bundle: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(bundle) as archive, archive.open(WEIGHTS) as member:
-            yield member
+        yield
     except (KeyError, *ZIP_ERRORS) as error:
         raise BundleError(f"{bundle.name} cannot be read: {error}", advice=_REFUSED) from error
 
@@ -95,7 +103,8 @@ def _header(member: IO[bytes], bundle: Path) -> _Header:
 
 
 def _exactly(member: IO[bytes], count: int, bundle: Path) -> bytes:
-    content = member.read(count)
+    with _reading(bundle):
+        content = member.read(count)
     if len(content) != count:
         raise BundleError(f"the weights of {bundle.name} are cut short", advice=_REFUSED)
     return content

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cloud_hub import candidate
 from cloud_hub.candidate import EXPORT, CandidateError, Export, Order
-from models import delta
+from models import delta, weights_file
 from models.bundle import SHIPPED, read_bundle
 from tests.cloud_hub.round_support import TWIN, TWIN_EXPORT, failing_export, needs_bundle
 
@@ -33,7 +33,7 @@ def running() -> Iterator[list[Export]]:
 
 def finish(export: Export) -> Path:
     until = time.monotonic() + 120.0
-    while (bundle := export.poll(0.0)) is None:
+    while (bundle := export.poll()) is None:
         assert time.monotonic() < until
         time.sleep(0.02)
     return bundle
@@ -51,26 +51,36 @@ def check(bundle_path: Path, mean: dict[str, NDArray[np.float32]]) -> None:
 
 
 def test_bundle_of_the_mean(tmp_path: Path, mean: dict[str, NDArray[np.float32]]) -> None:
-    check(finish(Export(order(tmp_path, TWIN_EXPORT), mean, now=0.0)), mean)
+    check(finish(Export(order(tmp_path, TWIN_EXPORT), mean)), mean)
     candidate.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_real_export_agrees_with_torch(tmp_path: Path, mean: dict[str, NDArray[np.float32]]) -> None:
-    check(finish(Export(order(tmp_path, EXPORT), mean, now=0.0)), mean)
+    check(finish(Export(order(tmp_path, EXPORT), mean)), mean)
 
 
 @pytest.mark.slow
 def test_real_export_says_why_it_refuses(tmp_path: Path, mean: dict[str, NDArray[np.float32]]) -> None:
     poisoned = mean | {sorted(mean)[0]: np.full(mean[sorted(mean)[0]].shape, np.inf, np.float32)}
     with pytest.raises(CandidateError, match="is not finite"):
-        finish(Export(order(tmp_path, EXPORT), poisoned, now=0.0))
+        finish(Export(order(tmp_path, EXPORT), poisoned))
 
 
 def test_mean_of_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CandidateError, match="not a tensor of these weights"):
-        Export(order(tmp_path, TWIN_EXPORT), {"head.evil": np.zeros(3, np.float32)}, now=0.0)
+        Export(order(tmp_path, TWIN_EXPORT), {"head.evil": np.zeros(3, np.float32)})
+
+
+def test_a_full_disk_is_no_fault_of_the_base(
+    tmp_path: Path, mean: dict[str, NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round waits for room: what its boxes brought is not thrown away."""
+    write = weights_file.write_moved
+    monkeypatch.setattr(weights_file, "write_moved", lambda base, change, _: write(base, change, Path("/dev/full")))
+    with pytest.raises(OSError, match="No space left"):
+        Export(order(tmp_path, TWIN_EXPORT), mean)
 
 
 @pytest.mark.parametrize(
@@ -86,20 +96,24 @@ def test_child_that_lies_is_found_out(
 ) -> None:
     assert twin != TWIN
     with pytest.raises(CandidateError, match=reason):
-        finish(Export(order(tmp_path, failing_export(twin)), mean, now=0.0))
+        finish(Export(order(tmp_path, failing_export(twin)), mean))
 
 
 def test_child_that_hangs_is_ended(tmp_path: Path, mean: dict[str, NDArray[np.float32]], running: list[Export]) -> None:
-    export = Export(order(tmp_path, failing_export("import time; time.sleep(600)")), mean, now=0.0)
+    seconds = [0.0]
+    command = failing_export("import time; time.sleep(600)")
+    export = Export(order(tmp_path, command), mean, seconds=lambda: seconds[0])
     running.append(export)
-    assert export.poll(60.0) is None
+    seconds[0] = 60.0
+    assert export.poll() is None
+    seconds[0] = 60.1
     with pytest.raises(CandidateError, match="longer than 60 s"):
-        export.poll(60.1)
+        export.poll()
     assert export._child.poll() is not None
 
 
 def test_stop_ends_the_child_and_twice_is_once(tmp_path: Path, mean: dict[str, NDArray[np.float32]]) -> None:
-    export = Export(order(tmp_path, failing_export("import time; time.sleep(600)")), mean, now=0.0)
+    export = Export(order(tmp_path, failing_export("import time; time.sleep(600)")), mean)
     export.stop()
     export.stop()
     assert export._child.poll() is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cloud_hub import database, registry, views
+from cloud_hub import database, link, registry, views
 from cloud_hub.database import Database, MaskedGroup, Round
 from edge_agent import config
 from edge_agent.policy import Facts, may_join
@@ -57,6 +57,17 @@ def shown(house: House) -> list[dict[str, Any]]:
 
 def reasons(house: House) -> dict[int, str]:
     return {row["group"]: row["reason"] for row in shown(house) if row["reason"]}
+
+
+def told_dropped(house: House) -> set[str]:
+    """Whose boxes hear at the end that nothing of them is in what was released."""
+    with house.hub.files.database.reading() as session:
+        row = session.get_one(Round, house.hub.round_id)
+        return {
+            name
+            for name in NAMES
+            if link._closed(row.round_id, row, link._why_in_no_sum(session, row.round_id, name)).outcome == "dropped"
+        }
 
 
 def median_of(plan: RoundPlan, house: House, *cohorts: list[str]) -> Arrays:
@@ -144,6 +155,7 @@ def test_a_group_that_loses_too_many_ends_alone(house: House, kind: type[Any], r
         assert (member.state, member.reason) == ("left", f"group {number} was left out: {reason}")
     house.play("summed")
     check_release(house, plan, *(names for each, names in groups(house).items() if each != number))
+    assert told_dropped(house) == {away, *others}
 
 
 def test_a_group_of_five_goes_on_without_one(tmp_path: Path) -> None:
@@ -353,6 +365,7 @@ def test_an_update_lost_from_disk_costs_its_group_alone(house: House) -> None:
     house.hub.restart()  # the sum in memory is gone
     check_release(house, plan, *(each for other, each in groups(house).items() if other != number))
     assert reasons(house)[number].startswith(f"the counted update of {names[0]} cannot be read again")
+    assert told_dropped(house) == set(names)
 
 
 def test_what_was_made_for_another_group_is_refused(house: House) -> None:

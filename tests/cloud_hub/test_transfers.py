@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 import pytest
+from sqlalchemy import func, select
 
+from cloud_hub.database import Transfer
 from cloud_hub.intake import Intake
 from cloud_hub.transfers import Transfers
 from fleet_link import chunks
@@ -29,18 +31,21 @@ def test_an_offer_that_comes_again_is_answered_at_once(tmp_path: Path) -> None:
     files = make_hub_files(tmp_path)
     files.add_device("box-1", "north")
     said: list[AnyMessage] = []
+    seconds = [100.0]
     receiving = Transfers(
         files.config,
         files.database,
         cast(Intake, WillingIntake()),
         lambda device, message: said.append(message),
         lambda device, frame: True,
+        lambda: seconds[0],
     )
     update = tmp_path / "update"
     update.write_bytes(b"sealed")
     offer = chunks.new_offer(update, kind="update", subject="r1", transfer_id="5" * 32, message_id="5" * 32)
     receiving.on_offer("box-1", offer, 100.0)
     receiving.receive_due(100.0)
+    seconds[0] = 100.1
     receiving.receive_due(100.1)
     assert len(said) == 1
     receiving.on_offer("box-1", offer, 100.1)
@@ -77,3 +82,46 @@ def test_one_transfer_s_trouble_holds_no_other_up(tmp_path: Path) -> None:
     assert said == ["box-2"]
     receiving.receive_due(100.1)  # the one in trouble is let go: its box offers it again
     receiving.close()
+
+
+def test_offers_under_ever_new_names_leave_one_row_and_nothing_in_memory(tmp_path: Path) -> None:
+    files = make_hub_files(tmp_path)
+    files.add_device("box-1", "north")
+    receiving = Transfers(
+        files.config, files.database, cast(Intake, WillingIntake()), lambda device, message: None, lambda *_: True
+    )
+    update = tmp_path / "update"
+    update.write_bytes(b"sealed")
+    for number in range(50):
+        name = f"{number:032x}"
+        offer = chunks.new_offer(update, kind="update", subject="r1", transfer_id=name, message_id=name)
+        receiving.on_offer("box-1", offer, 100.0)
+    receiving.close()
+    with files.database.reading() as session:
+        assert session.scalar(select(func.count()).select_from(Transfer)) == 1
+    assert len(receiving._row_at) == len(receiving._incoming) == 1
+
+
+def test_a_clock_that_goes_back_holds_no_progress_up(tmp_path: Path) -> None:
+    files = make_hub_files(tmp_path)
+    files.add_device("box-1", "north")
+    said: list[AnyMessage] = []
+    seconds = [0.0]
+    receiving = Transfers(
+        files.config,
+        files.database,
+        cast(Intake, WillingIntake()),
+        lambda device, message: said.append(message),
+        lambda *_: True,
+        lambda: seconds[0],
+    )
+    update = tmp_path / "update"
+    update.write_bytes(b"sealed")
+    offer = chunks.new_offer(update, kind="update", subject="r1", transfer_id="5" * 32, message_id="5" * 32)
+    receiving.on_offer("box-1", offer, 7200.0)
+    receiving.receive_due(7200.0)
+    seconds[0] = 1.0
+    receiving.on_offer("box-1", offer, 3601.0)
+    receiving.receive_due(3601.0)
+    receiving.close()
+    assert len(said) == 2

@@ -82,9 +82,10 @@ def test_which_weights_a_round_may_change() -> None:
 @pytest.mark.parametrize(
     ("tensors", "body", "reason"),
     [
-        (GOOD[:1], bytes(6), "expected tensors: stem.bias"),
-        ([*GOOD, ("tail", (1,), 1.0)], bytes(11), "expected tensors: tail"),
+        (GOOD[:1], bytes(6), "expected tensors: 'stem.bias'"),
+        ([*GOOD, ("tail", (1,), 1.0)], bytes(11), "expected tensors: 'tail'"),
         ([*GOOD, GOOD[0]], bytes(16), "expected tensors"),
+        ([*GOOD, ("forged\nline " * 9000, (1,), 1.0)], bytes(11), r"expected tensors: '[^\n]{1,90}'$"),
         ([("head.weight", (3, 2), 0.5), GOOD[1]], bytes(10), "shape"),
         (GOOD, bytes(9), "cut short"),
         (GOOD, bytes(11), "1 bytes follow"),
