@@ -96,7 +96,7 @@ def _rounds(rows: Sequence[Row], on: dict[str, Any]) -> Table:
 def _hub_cost(rows: Iterable[Row]) -> Table:
     shown = Table(
         title="The hub's cost of one update, ms of processor time in one thread",
-        caption="Open: read, certificate, signature, unseal, decode, clip (masked: twice in a round, once on arrival). Unseal: "
+        caption="Open: read, certificate, signature, unseal, decode, clip; of an open update the mean is made a tensor at a time. Unseal: "
         "certificate, signature and HPKE alone. Flower: all replies in memory, deserialised and added; FLARE: added as they "
         "come, four in memory in turn, nothing to deserialise. Peak: above what the process had before.",
     )
