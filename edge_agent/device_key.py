@@ -48,9 +48,8 @@ def passphrase() -> bytes | None:
     """None where systemd holds none for this process. Raises SiteError where it holds one that cannot be used."""
     given = os.environ.get("CREDENTIALS_DIRECTORY")
     found = _read(Path(given) / CREDENTIAL) if given else None
-    if (
-        found is None and SEALED.exists() and os.access(OPENED, os.R_OK)
-    ):  # left open where it was removed: for nobody's use
+    # For root: what was left open after the sealed one was removed is for nobody's use.
+    if found is None and os.access(OPENED, os.R_OK) and SEALED.exists():
         found = _read(OPENED)
     if found == b"":
         raise SiteError(f"the credential {CREDENTIAL} is empty", advice=f"remove {SEALED} and seal another passphrase")

@@ -272,21 +272,17 @@ def test_foreign_topics_are_dropped(hub: Bus, broker: Mosquitto, authority: Test
         assert second.receive(10) == Received(DOWN, b"good")
 
 
-def test_who_waits_for_room_for_chunks_is_woken_when_half_of_them_went(
-    hub: Bus, broker: Mosquitto, authority: TestAuthority
-) -> None:
-    with running(broker.config(authority.issue("box-1"))) as box:
-        chunk, refused = bytes(MAX_PAYLOAD_BYTES), False
-        while not refused:
-            refused = not box.publish_chunk(UP_CHUNK, chunk)
-        eventually(lambda: box._received.qsize() == 1)  # what ends the wait
-        assert box.receive(60.0) is None
-        assert box.publish_chunk(UP_CHUNK, chunk)
+def test_who_waits_for_room_for_chunks_is_woken_when_half_of_them_went(hub: Bus, box: Bus) -> None:
+    chunk, refused = bytes(MAX_PAYLOAD_BYTES), False
+    while not refused:
+        refused = not box.publish_chunk(UP_CHUNK, chunk)
+    eventually(lambda: box._received.qsize() == 1)  # what ends the wait
+    assert box.receive(60.0) is None
+    assert box.publish_chunk(UP_CHUNK, chunk)
 
 
-def test_what_wakes_hides_no_message(hub: Bus, broker: Mosquitto, authority: TestAuthority) -> None:
-    with running(broker.config(authority.issue("box-1"))) as box:
-        hub._wake()
-        assert box.publish_message(UP, b"behind it")
-        eventually(lambda: hub._received.qsize() == 2)
-        assert hub.receive(0) == Received(UP, b"behind it")
+def test_what_wakes_hides_no_message(hub: Bus, box: Bus) -> None:
+    hub._wake()
+    assert box.publish_message(UP, b"behind it")
+    eventually(lambda: hub._received.qsize() == 2)
+    assert hub.receive(0) == Received(UP, b"behind it")

@@ -43,7 +43,7 @@ class End:
         key, certificate = folder / f"{self.name}.key", folder / f"{self.name}.pem"
         self.identity = load_identity(key, certificate)
         self.trust = Trust((folder / "ca.pem").read_bytes())
-        bus_config = BusConfig("localhost", config.port, self.name, folder / "ca.pem", certificate, key, 10)
+        bus_config = BusConfig("localhost", config.port, self.name, folder / "ca.pem", certificate, key, keepalive_s=10)
         self.bus = Bus(bus_config, [device_subscription(BOX) if sends else hub_subscription()])
         self.sequence = envelope.Sequence(time.time, 0, lambda highest: None)
         self.window = envelope.ReplayWindow()
