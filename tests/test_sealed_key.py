@@ -90,7 +90,9 @@ def machine(tmp_path: Path) -> Path:
     units = made / "etc/systemd/system"
     for unit in PACKAGING.glob("wardround-edge*.service"):
         (units / unit.name).write_text(unit.read_text().replace("/usr/bin/edge-agent", f"{BIN}/edge-agent"))
-    (units / "wardround-edge.service.d/here.conf").write_text("[Service]\nProtectHome=no\nPrivateTmp=no\nTimeoutStartSec=120\n")
+    (units / "wardround-edge.service.d/here.conf").write_text(
+        "[Service]\nProtectHome=no\nPrivateTmp=no\nTimeoutStartSec=120\n"
+    )
     (units / "steps.service").write_text(
         "[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nExecStart=/bin/sh /steps\n"
         "StandardOutput=file:/var/log/steps\nStandardError=file:/var/log/troubles\n"

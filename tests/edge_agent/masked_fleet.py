@@ -20,6 +20,7 @@ from cloud_hub import secure_sum
 from cloud_hub.secure_sum import Circle, MaskedSum
 from edge_agent import database, invitations, learn, ledger, masked, update
 from edge_agent.learner import Learner
+from edge_agent.rounds import State
 from edge_agent.transfers import Transfers
 from fleet_link import cohort, messages, sealing
 from fleet_link.cohort import Judge, RoundOf
@@ -324,3 +325,36 @@ class Fleet:
 def _hurry(box: Box) -> None:
     """Kills are exceptions here, no power cuts: nothing needs to reach the disk."""
     box.db.execute("PRAGMA synchronous=OFF")
+
+
+def kinds(fleet: Fleet, name: str = "box-1") -> list[str]:
+    return [type(message).__name__ for message in fleet.said(name)]
+
+
+def secrets_of(fleet: Fleet, name: str = "box-1") -> tuple[bytes, ...]:
+    part = ledger.part_of(fleet.boxes[name].db, ROUND)
+    assert part is not None
+    return (part.secrets.mask_secret, part.secrets.self_secret, part.secrets.share_key)
+
+
+def on_disk(fleet: Fleet, secrets: tuple[bytes, ...]) -> list[bool]:
+    files = [path.read_bytes() for path in fleet.boxes["box-1"].data_dir.glob("box.db*")]
+    return [any(secret in content for content in files) for secret in secrets]
+
+
+def the_no(fleet: Fleet, name: str = "box-1") -> RoundAnswer:
+    (answer,) = [message for message in fleet.said(name) if isinstance(message, RoundAnswer)]
+    assert not answer.joins
+    return answer
+
+
+def is_out(fleet: Fleet, name: str = "box-1") -> bool:
+    """Declined, nothing but the no left to say, no secret, no update, no transfer."""
+    box = fleet.boxes[name]
+    return (
+        fleet.state(name) == State.DECLINED
+        and kinds(fleet, name) == ["RoundAnswer"]
+        and not box.rows("masked_parts")
+        and not box.rows("transfers_out")
+        and not list((box.data_dir / "updates").glob("*"))
+    )

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,31 +19,19 @@ from models import accountant, addable, round_layout
 from models.accountant import Cost
 from models.layout import Layout
 from tests.edge_agent.link_support import make_plan
-from tests.edge_agent.masked_fleet import ID, NAMES, ROUND, Fleet, Hospitals
+from tests.edge_agent.masked_fleet import ID, NAMES, ROUND, Fleet
 from tests.masked_support import changed
 
 NOISE = {"noise": 1.0, "noise_boxes": 3, "word_bits": 32, "value_bits": 16}
 Make = Callable[..., Fleet]
 
 
-@pytest.fixture(scope="module")
-def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Hospitals:
-    return Hospitals.build(tmp_path_factory.mktemp("hospitals"))
-
-
 @pytest.fixture
-def make(hospitals: Hospitals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    made: list[Fleet] = []
+def make_noisy(make: Make) -> Make:
+    def a_fleet(**fields: Any) -> Fleet:
+        return make(**fields | {"changes": NOISE | fields.get("changes", {})})
 
-    def a_fleet(**fields: object) -> Fleet:
-        fields["changes"] = NOISE | fields.get("changes", {})  # type: ignore[operator]
-        fleet = Fleet(hospitals, tmp_path, monkeypatch, **fields)  # type: ignore[arg-type]
-        made.append(fleet)
-        return fleet
-
-    yield a_fleet
-    for fleet in made:
-        fleet.close()
+    return a_fleet
 
 
 def cost_of(fleet: Fleet) -> Cost:
@@ -67,9 +55,9 @@ def invite_another(fleet: Fleet, round_id: str, **changes: object) -> str:
     return str(next(row["reason"] for row in box.rows("rounds") if row["round_id"] == round_id))
 
 
-def test_no_more_boxes_are_believed_to_add_noise_than_the_site_asks_for(make: Make) -> None:
+def test_no_more_boxes_are_believed_to_add_noise_than_the_site_asks_for(make_noisy: Make) -> None:
     """The hub may have enrolled the others itself."""
-    fleet = make()
+    fleet = make_noisy()
     base = fleet.boxes["box-1"].holder.current.reader.bundle.path
     plan = changed(fleet.plan, noise_boxes=fleet.plan.noise_boxes * 100, boxes_max=1000)
     believed, all_of_them = (privacy.cost_of(plan, base, honest) for honest in (3, plan.noise_boxes))
@@ -83,8 +71,8 @@ def test_no_more_boxes_are_believed_to_add_noise_than_the_site_asks_for(make: Ma
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_the_update_spends_what_joining_has_pledged(make: Make, restarts: bool) -> None:
-    fleet = make(restarts=restarts)
+def test_the_update_spends_what_joining_has_pledged(make_noisy: Make, restarts: bool) -> None:
+    fleet = make_noisy(restarts=restarts)
     fleet.to_stage("training")
     assert costs(fleet) == ([], [cost_of(fleet)])
     fleet.collect()
@@ -97,8 +85,8 @@ def test_the_update_spends_what_joining_has_pledged(make: Make, restarts: bool) 
     assert costs(fleet) == ([cost_of(fleet)], [cost_of(fleet)])
 
 
-def test_the_mean_of_the_sum_is_the_mean_and_noise(make: Make) -> None:
-    fleet = make()
+def test_the_mean_of_the_sum_is_the_mean_and_noise(make_noisy: Make) -> None:
+    fleet = make_noisy()
     fleet.to_stage("unmasked")
     total = fleet.sum()
     assert total[0] == 255 * len(NAMES)
@@ -118,8 +106,8 @@ def test_two_boxes_of_one_delta_send_different_noise_and_one_weight() -> None:
     assert apart == pytest.approx(math.sqrt(2 * layout.noise_variance), rel=0.2)
 
 
-def test_a_round_without_noise_is_not_counted(make: Make) -> None:
-    fleet = make(changes={"noise": 0.0, "noise_boxes": 0})
+def test_a_round_without_noise_is_not_counted(make_noisy: Make) -> None:
+    fleet = make_noisy(changes={"noise": 0.0, "noise_boxes": 0})
     fleet.to_stage("uploading")
     assert costs(fleet) == ([], [])
 
@@ -129,8 +117,8 @@ def test_a_round_without_noise_is_not_counted(make: Make) -> None:
 
 @pytest.mark.parametrize("stage", ["keyed", "shared", "training"])
 @pytest.mark.parametrize("event", [Event.CLOSED_BY_HUB, Event.DEADLINE, Event.FAILED])
-def test_what_was_not_sent_costs_nothing(make: Make, stage: str, event: Event) -> None:
-    fleet = make()
+def test_what_was_not_sent_costs_nothing(make_noisy: Make, stage: str, event: Event) -> None:
+    fleet = make_noisy()
     fleet.to_stage(stage)
     box = fleet.boxes["box-1"]
     ledger.apply(box.db, box.data_dir, ROUND, event, time.time(), Outcome(reason="over"))
@@ -139,8 +127,8 @@ def test_what_was_not_sent_costs_nothing(make: Make, stage: str, event: Event) -
 
 @pytest.mark.parametrize("stage", ["uploading", "delivered", "agreed", "unmasked"])
 @pytest.mark.parametrize("event", [Event.CLOSED_BY_HUB, Event.GIVEN_UP, Event.FAILED, Event.LOST])
-def test_what_was_sent_is_spent_however_the_round_ends(make: Make, stage: str, event: Event) -> None:
-    fleet = make()
+def test_what_was_sent_is_spent_however_the_round_ends(make_noisy: Make, stage: str, event: Event) -> None:
+    fleet = make_noisy()
     fleet.to_stage(stage)
     box = fleet.boxes["box-1"]
     ledger.apply(box.db, box.data_dir, ROUND, event, time.time(), Outcome(reason="over"))
@@ -148,8 +136,8 @@ def test_what_was_sent_is_spent_however_the_round_ends(make: Make, stage: str, e
     assert costs(fleet) == ([cost_of(fleet)], [cost_of(fleet)])
 
 
-def test_asked_again_a_box_pledges_and_spends_once(make: Make) -> None:
-    fleet = make()
+def test_asked_again_a_box_pledges_and_spends_once(make_noisy: Make) -> None:
+    fleet = make_noisy()
     fleet.to_stage("training")
     fleet.tell("box-1", fleet.plan)
     assert costs(fleet) == ([], [cost_of(fleet)])
@@ -159,8 +147,8 @@ def test_asked_again_a_box_pledges_and_spends_once(make: Make) -> None:
     assert costs(fleet) == ([cost_of(fleet)], [cost_of(fleet)])
 
 
-def test_the_update_and_its_cost_are_one_transaction(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = make()
+def test_the_update_and_its_cost_are_one_transaction(make_noisy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = make_noisy()
     fleet.to_stage("training")
 
     def power_cut(*_: object) -> None:
@@ -178,8 +166,8 @@ def test_the_update_and_its_cost_are_one_transaction(make: Make, monkeypatch: py
     assert costs(fleet) == ([cost_of(fleet)], [cost_of(fleet)])
 
 
-def test_another_hub_finds_the_budget_as_it_was(make: Make) -> None:
-    fleet = make()
+def test_another_hub_finds_the_budget_as_it_was(make_noisy: Make) -> None:
+    fleet = make_noisy()
     fleet.to_stage("delivered")
     box = fleet.boxes["box-1"]
     database.keep(box.db, hub_change.HUB, 4711)
@@ -202,8 +190,8 @@ def layout_of_noise() -> Layout:
     return Layout({"head.bias": (2,), "head.weight": (2,)}, b"any seed", 20.0, 5, 32, 16, 1.0, 1.0, 3)
 
 
-def test_the_box_stops_at_its_budget_and_says_why(make: Make) -> None:
-    fleet = make(policy={"epsilon_max": budget_for(2, layout_of_noise())})
+def test_the_box_stops_at_its_budget_and_says_why(make_noisy: Make) -> None:
+    fleet = make_noisy(policy={"epsilon_max": budget_for(2, layout_of_noise())})
     fleet.to_stage("delivered")
     assert invite_another(fleet, "round-2") == ""
     assert costs(fleet)[1] == [cost_of(fleet)] * 2
@@ -219,16 +207,16 @@ def test_the_box_stops_at_its_budget_and_says_why(make: Make) -> None:
     assert invite_another(fleet, "round-4", noise=0.0, noise_boxes=0) == ""  # not counted, so not refused
 
 
-def test_what_was_pledged_in_vain_is_there_again(make: Make) -> None:
-    fleet = make(policy={"epsilon_max": budget_for(1, layout_of_noise())})
+def test_what_was_pledged_in_vain_is_there_again(make_noisy: Make) -> None:
+    fleet = make_noisy(policy={"epsilon_max": budget_for(1, layout_of_noise())})
     fleet.to_stage("training")
     assert "budget" in invite_another(fleet, "round-2")
     fleet.tell("box-1", RoundClosed(message_id=ID, round_id=ROUND, outcome="dropped", reason="too few"))
     assert invite_another(fleet, "round-3") == ""
 
 
-def test_a_budget_lowered_after_joining_holds(make: Make) -> None:
-    fleet = make()
+def test_a_budget_lowered_after_joining_holds(make_noisy: Make) -> None:
+    fleet = make_noisy()
     fleet.to_stage("training")
     box = fleet.boxes["box-1"]
     box.config = replace(box.config, policy=replace(box.config.policy, epsilon_max=0.5))
@@ -238,15 +226,15 @@ def test_a_budget_lowered_after_joining_holds(make: Make) -> None:
     assert not box.rows("transfers_out")
 
 
-def test_noise_that_the_words_have_no_room_for_is_refused(make: Make) -> None:
-    fleet = make()
+def test_noise_that_the_words_have_no_room_for_is_refused(make_noisy: Make) -> None:
+    fleet = make_noisy()
     assert "has no room" not in invite_another(fleet, "round-2")
     reason = invite_another(fleet, "round-3", noise=1000.0, word_bits=16, value_bits=12)
     assert "noise" in reason
 
 
-def test_status_shows_what_is_spent(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    fleet = make()
+def test_status_shows_what_is_spent(make_noisy: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = make_noisy()
     fleet.to_stage("training")
     config = fleet.boxes["box-1"].config
     assert status.gather(config).privacy == {"rounds": 0, "epsilon": 0.0, "epsilon_max": 10.0, "delta": 1e-5}
