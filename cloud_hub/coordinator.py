@@ -38,13 +38,17 @@ class Coordinator:
         intake: Intake,
         *,
         export_command: tuple[str, ...] = candidate.EXPORT,
+        look_s: float = 0.0,
     ) -> None:
+        """`look_s`: pause between two looks at what time alone, or a revocation, makes of the round."""
         self._config = config
         self._database = database
         self._repository = repository
         self._intake = intake
         self._export_command = export_command
+        self._look_s = look_s
         self._export: Export | None = None
+        self._looked = ("", 0.0)  # at which round, and when
         self._last = ""  # the round that was active at the last tick
         self._told = ""  # the active round that boxes have heard of
 
@@ -67,13 +71,20 @@ class Coordinator:
     def tick(self, now: float) -> bool:
         """Do what time and the state demand. True when boxes should hear of it: a round began or ended."""
         active = self._active()
-        if active:
+        if active and self._is_to_be_looked_at(active, now):
             self._intake.apply(active, rounds.Tick(), now)
         for round_id in {self._last, active} - {""}:
             self._carry_out(round_id, now)
         self._last = active  # carried out once more after its end: to be closed
         told, self._told = self._told, self._active()
         return told != self._told
+
+    def _is_to_be_looked_at(self, active: str, now: float) -> bool:
+        before, at = self._looked
+        if active == before and 0.0 <= now - at < self._look_s:
+            return False
+        self._looked = active, now
+        return True
 
     def stop(self) -> None:
         if self._export is not None:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 1.0
 REFRESH_S = 3600.0
 RENEW_S = 86_400.0
+LOOK_S = 1.0  # at a round, for what time alone makes of it; what boxes bring moves it at once
 PAUSE_S = 1.0  # after a link that failed at once: the loop does not spin
 RETRY_S = 60.0
 TOLD_AGAIN_S = 3600.0
@@ -73,7 +74,7 @@ def run(config: Config) -> None:
         repository.renew(time.time())
         vault = Vault(sealing.load_sealing_key(config.paths.sealing_key), trust, config.rounds.examples_cap)
         intake = Intake(config, hub, repository, vault)
-        coordinator = Coordinator(config, hub, repository, intake)
+        coordinator = Coordinator(config, hub, repository, intake, look_s=LOOK_S)
         coordinator.start(time.time())
         stack.callback(coordinator.stop)
         # 3. Ports: broker, our own connection to it, HTTPS.

@@ -13,6 +13,7 @@ from sqlalchemy import delete
 
 from cloud_hub import ledger, registry
 from cloud_hub.collection import Collection
+from cloud_hub.coordinator import Coordinator
 from cloud_hub.database import Refusal, Release, Round, RoundDevice
 from cloud_hub.rollout import Stage
 from cloud_hub.update import Update
@@ -78,6 +79,21 @@ def test_tick_tells_when_a_round_began_and_ended(hub: RoundHub) -> None:
     hub.join("a", joins=False, reason="no")
     assert hub.round().state == "dropped"
     assert [hub.coordinator.tick(hub.now) for _ in range(2)] == [True, False]
+
+
+def test_a_round_is_looked_at_again_after_a_pause_or_where_the_clock_went_back(
+    hub: RoundHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[float] = []
+    apply = hub.intake.apply
+    monkeypatch.setattr(hub.intake, "apply", lambda *what: (looked.append(what[-1] - hub.now), apply(*what)))
+    config = hub.files.config
+    coordinator = Coordinator(config, hub.files.database, hub.repository, hub.intake, look_s=1.0)
+    hub.start()
+    for after_s in (0.0, 0.5, 1.0, 1.5, -60.0, 3601.0):
+        coordinator.tick(hub.now + after_s)
+    assert looked == pytest.approx([0.0, 1.0, -60.0, 3601.0])
+    assert hub.round().state == "dropped"
 
 
 # --- start ----------------------------------------------------------------------------------------
