@@ -1,5 +1,6 @@
 """Rounds on disk: the whole way, every refusal, and kill -9 between any two steps."""
 
+import math
 import re
 import secrets
 import struct
@@ -457,7 +458,9 @@ def test_failed_export_drops_the_round_with_its_reason(hub: RoundHub, code: str,
     assert hub.release(2) is None
 
 
-def test_export_that_hangs_is_ended(hub: RoundHub) -> None:
+def test_export_that_hangs_is_ended_and_one_whose_clock_is_set_is_not(
+    hub: RoundHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.export_command = failing_export("import time; time.sleep(600)")
     hub.restart()
     plan = hub.start(deadline_s=1e6)
@@ -466,6 +469,9 @@ def test_export_that_hangs_is_ended(hub: RoundHub) -> None:
         hub.deliver(name, hub.boxes[name].seal(plan, 0.01))
     hub.coordinator.tick(hub.now)
     hub.now += hub.files.config.rounds.export_timeout_s + 1
+    hub.coordinator.tick(hub.now)
+    assert hub.round().state == "summed"
+    monkeypatch.setattr(hub.coordinator._export, "_seconds", lambda: math.inf)
     assert "export took longer" in hub.tick_until("dropped").reason
 
 
