@@ -82,7 +82,7 @@ def round_start(
         float | None,
         typer.Option(
             help="Few bytes: the boxes train and send heads and norms, and this share of all other weights, another in "
-            "each round. 0.036 is about a fiftieth of the bytes, in an open round a two-hundredth. Below 1 the plan's "
+            "each round. 0.034 is about a fiftieth of the bytes, in an open round a two-hundredth. Below 1 the plan's "
             "learning rate is the one given here or in hub.toml times 1/√share, at most times 4."
         ),
     ] = None,
