@@ -34,9 +34,8 @@ from models.errors import BundleError, DeltaError
 log = logging.getLogger(__name__)
 
 STALE_MAX = 4  # releases, where nobody says another number
-STAGE_S_EACH = (
-    0.25  # of a stage for each invited box: the hub hears so many at least on two busy cores (`./dev bench scale`)
-)
+# Of a stage, for each invited box: the hub hears so many at least on two busy cores (`./dev bench scale`).
+STAGE_S_EACH = 0.25
 
 
 def start_round(
@@ -65,9 +64,10 @@ def start_round(
 
     `noise`: standard deviation of what the boxes add to the sum of a masked round, over the clip norm. `share`: of all
     weights but heads and norms, those the boxes train and send; below 1 the plan's learning rate is the given one times
-    round_layout.rate_factor. `bits`: of each value in an open round; None is round_layout.open_value_bits. `groups`: in which
-    a masked round is summed apart, each of rounds.min_cohort boxes at least; `rule` is over their means. `buffer`: the round goes on with so many updates, the first that are ready, of which none is
-    over a base more than `stale_max` releases older than the round's (None: STALE_MAX); 0: it waits for everybody.
+    round_layout.rate_factor. `bits`: of each value in an open round; None is round_layout.open_value_bits. `groups`: in
+    which a masked round is summed apart, each of rounds.min_cohort boxes at least; `rule` is over their means. `buffer`:
+    the round goes on with so many updates, the first that are ready, of which none is over a base more than `stale_max`
+    releases older than the round's (None: STALE_MAX); 0: it waits for everybody.
     Raises SiteError when a round is on, or when this one could not end well.
     """
     active = active_round(session)

@@ -16,10 +16,8 @@ from pathlib import Path
 from fleet_link.errors import SiteError
 
 SCHEMA_VERSION = 5
-SECRETS_DELETED, SECRETS_FORGOTTEN = (
-    "secrets_deleted",
-    "secrets_forgotten",
-)  # counters: the second is to reach the first
+# Counters; the second is to reach the first.
+SECRETS_DELETED, SECRETS_FORGOTTEN = "secrets_deleted", "secrets_forgotten"
 TIMEOUT_S = 30.0  # a thread waits so long for another's transaction
 # What schema.sql cannot do to a table that is there already, by the version that it leads to.
 CHANGES = {2: "ALTER TABLE quarantine ADD COLUMN SOPInstanceUID TEXT NOT NULL DEFAULT ''"}

@@ -69,7 +69,7 @@ class Bus:
         self._down = threading.Event()
         self._chunks: deque[MQTTMessageInfo] = deque()
         self._chunks_lock = threading.Lock()
-        self._sent_meanwhile = -1  # packets, since a chunk was not taken; -1 where all were
+        self._sent_since_refusal: int | None = None  # packets, since a chunk was not taken
         self._failures = 0
         self._explained = False  # this attempt's failure already has its reason
         self._client: Client | None = None
@@ -135,7 +135,7 @@ class Bus:
             while self._chunks and _is_gone(self._chunks[0]):
                 self._chunks.popleft()
             if len(self._chunks) >= MAX_QUEUED_CHUNKS:
-                self._sent_meanwhile = 0
+                self._sent_since_refusal = 0
                 return False
             info = client.publish(str(topic), payload, qos=0)
             if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -228,11 +228,12 @@ class Bus:
     def _on_publish(
         self, client: Client, userdata: Any, mid: int, reason: ReasonCode, properties: Properties | None
     ) -> None:
-        if self._sent_meanwhile < 0:
+        sent = self._sent_since_refusal
+        if sent is None:
             return
-        self._sent_meanwhile += 1
-        if self._sent_meanwhile >= MAX_QUEUED_CHUNKS // 2:
-            self._sent_meanwhile = -1
+        is_half_gone = sent + 1 >= MAX_QUEUED_CHUNKS // 2
+        self._sent_since_refusal = None if is_half_gone else sent + 1
+        if is_half_gone:
             self._wake()
 
     def _back_off(self, client: Client) -> None:

@@ -93,9 +93,8 @@ class RoundPlan(Message, frozen=True, kw_only=True, omit_defaults=True):
     deadline_unix_s: Annotated[float, Meta(ge=0.0, le=1e11)]  # bounds also refuse NaN and infinity
     min_cohort: Count = 0  # masked: so many boxes at least stand in one sum; the box may ask for more
     word_bits: Literal[16, 32] = 32  # masked: the sum is modulo 2^word_bits
-    value_bits: Annotated[int, Meta(ge=2, le=16)] = (
-        16  # of one box's values; open: 2 to 8, or 16 for models.delta's bytes
-    )
+    # Of one box's values. Masked: as models.addable has them. Open: 2 to 8, or 16 for models.delta's bytes.
+    value_bits: Annotated[int, Meta(ge=2, le=16)] = 16
     boxes_max: Annotated[int, Meta(ge=1, le=COHORT)] = COHORT  # masked: so many boxes at most stand in one sum
     share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # of all weights but heads and norms, those trained
     examples_cap: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 1000  # masked: more examples than these weigh no more

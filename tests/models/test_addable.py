@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 from models import addable, delta
 from models.addable import Layout, decode_sum, encode, error_bound, value_bits_for
@@ -220,6 +221,21 @@ def test_the_rotation_keeps_lengths_and_comes_back(size: int) -> None:
     assert np.linalg.norm(values) == pytest.approx(np.linalg.norm(before), rel=1e-5)
     addable._rotate_back(values, layout)
     np.testing.assert_allclose(values, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", ["_rotate", "_rotate_back"])
+def test_the_rotation_takes_one_thread_and_gives_the_others_back(
+    rotation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen: list[set[int]] = []
+    transform = addable._transform_along
+    monkeypatch.setattr(addable, "_transform_along", lambda *given: (seen.append(threads()), transform(*given)))
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        getattr(addable, rotation)(np.zeros(LAYOUT.padded, np.float32), LAYOUT)
+        assert (seen, threads()) == ([{1}], {2})
 
 
 def test_one_large_coordinate_is_spread_over_all() -> None:
