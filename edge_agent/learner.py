@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event as StopEvent
 
-import numpy as np
-
 from edge_agent import bundles, database, learn, ledger, masked, policy, privacy, replay, spool, update
 from edge_agent.bundles import ActiveBundle
 from edge_agent.config import Config
@@ -31,19 +29,19 @@ from fleet_link.errors import LinkError, SiteError, TrustError
 from fleet_link.files import write_durably
 from models import delta
 from models.bundle import Bundle, read_bundle
-from models.errors import BundleError, DeltaError
+from models.delta import Arrays
+from models.errors import BundleError
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 RETRY_S = 60.0  # after the disk refused
 COLLECTING = "learning from verdicts"  # name of its alarm
-BeforeAfter = tuple[update.Weights, update.Weights]
 
 
 @dataclass(frozen=True)
 class _Taught:
-    weights: update.Weights  # after; of a spooled update what it changes
+    change: Arrays
     examples: int
     learned: tuple[learn.Example, ...]
 
@@ -186,12 +184,12 @@ class Learner:
             return Event.SEALED, self._seal_spooled(db, of, base, identity)
         if not of.plan.buffer:
             taught = self._train(db, of, base, folder, stopped)
-            return Event.SEALED, self._sealed(db, of, identity, (base.weights, taught.weights), taught)
+            return Event.SEALED, self._sealed(db, of, identity, taught)
         if self._has_spooled(db, of):
             made = None
         else:
             taught = self._train(db, of, base, folder, stopped)
-            made = self._spooled(of, base, taught)
+            made = spool.write(self._data_dir, of.plan, taught.change, (taught.examples, taught.learned), self._clock())
         return Event.PREPARED, self._prepared(of, identity, made)
 
     def _base(self, db: sqlite3.Connection, of: Round) -> Bundle:
@@ -222,17 +220,15 @@ class Learner:
         log.info("round %s: training on %d examples", of.round_id, examples)
         trained = learn.train(of.plan, base, folder, settings.learning, stopped)
         _judge(of, trained.report, folder)
-        return _Taught(trained.weights, examples, tuple(each for each in chosen if each.split == "train"))
+        change = update.change_of(base.weights, trained.weights, of.plan)
+        return _Taught(change, examples, tuple(each for each in chosen if each.split == "train"))
 
-    def _sealed(
-        self, db: sqlite3.Connection, of: Round, identity: pki.Identity, weights: BeforeAfter, taught: _Taught
-    ) -> Outcome:
-        before, after = weights
+    def _sealed(self, db: sqlite3.Connection, of: Round, identity: pki.Identity, taught: _Taught) -> Outcome:
         if of.plan.kind == "masked":
-            words = update.to_words(before, after, of.plan, taught.examples)
+            words = update.to_words(taught.change, of.plan, taught.examples)
             sealed = update.build_masked(words, of.plan, identity, taught.examples, _part(db, of))
         else:
-            sealed = update.build(before, after, of.plan, identity, taught.examples)
+            sealed = update.build(taught.change, of.plan, identity, taught.examples)
         log.info("round %s: delta norm %.3g", of.round_id, sealed.norm_before_clip)
         path = f"updates/{of.round_id}.sealed"
         write_durably(self._data_dir / path, sealed.sealed)
@@ -265,14 +261,6 @@ class Learner:
             raise learn.CannotTrainError(reason)
         return False
 
-    def _spooled(self, of: Round, base: Bundle, taught: _Taught) -> Spooled:
-        try:
-            names = delta.trainable_names(base.weights, of.plan.trainable)
-            change = delta.subtract(taught.weights, base.weights, names)
-        except DeltaError as error:
-            raise learn.CannotTrainError(f"the trained weights cannot be kept: {error}", advice=error.advice) from error
-        return spool.write(self._data_dir, of.plan, change, (taught.examples, taught.learned), self._clock())
-
     def _prepared(self, of: Round, identity: pki.Identity, made: Spooled | None) -> Outcome:
         outcome = Outcome(spooled=made)
         if of.plan.kind == "masked" and of.state is State.PREPARING:
@@ -290,10 +278,9 @@ class Learner:
         shapes = {name: base.weights[name].shape for name in delta.trainable_names(base.weights, of.plan.trainable)}
         stale = spool.staleness(of.plan, waiting)
         change = spool.scaled(spool.load(self._data_dir, waiting, shapes), of.plan.clip_norm, stale)
-        nothing = {name: np.zeros_like(value) for name, value in change.items()}
         taught = _Taught(change, waiting.examples, waiting.learned)
         log.info("round %s: the update of round %s is sealed, %d releases old", of.round_id, waiting.round_id, stale)
-        return replace(self._sealed(db, of, identity, (nothing, change), taught), used=(waiting, stale))
+        return replace(self._sealed(db, of, identity, taught), used=(waiting, stale))
 
     def _against_budget(self, db: sqlite3.Connection, of: Round) -> str:
         """The site may have lowered its budget since it joined."""

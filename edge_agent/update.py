@@ -7,6 +7,7 @@ fleet_link.sealing.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from edge_agent.masking import Part
 from fleet_link import pki, sealing
 from fleet_link.messages import RoundPlan
 from models import addable, delta, round_layout
+from models.delta import Arrays
 from models.errors import DeltaError
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -37,15 +39,30 @@ class Addable:
     norm_before_clip: float
 
 
-def build(before: Weights, after: Weights, plan: RoundPlan, identity: pki.Identity, examples: int) -> Update:
-    """The delta is the same for the same weights and plan; only its sealing is fresh each time.
+def change_of(before: Weights, after: Weights, plan: RoundPlan) -> Arrays:
+    """What the training changed of the weights that the round moves.
 
-    Raises CannotTrainError when the trained weights do not fit the base or the plan or are not finite.
+    Raises CannotTrainError where the two do not fit, or the training diverged.
     """
     try:
-        names = delta.trainable_names(before, plan.trainable)
-        change, norm = delta.clip(delta.subtract(after, before, names), plan.clip_norm)
-        codec = round_layout.codec_of(plan, sealing.plan_digest(plan), {name: before[name].shape for name in names})
+        change = delta.subtract(after, before, delta.trainable_names(before, plan.trainable))
+    except DeltaError as error:
+        raise CannotTrainError(f"the trained weights cannot be sent: {error}", advice=error.advice) from error
+    if not math.isfinite(delta.norm(change)):
+        raise CannotTrainError(
+            "the trained weights cannot be sent: they are not finite", advice="lower the learning rate"
+        )
+    return change
+
+
+def build(change: Arrays, plan: RoundPlan, identity: pki.Identity, examples: int) -> Update:
+    """The payload is the same for the same change and plan; only its sealing is fresh each time.
+
+    Raises CannotTrainError when the change does not fit the plan or is not finite.
+    """
+    try:
+        change, norm = delta.clip(change, plan.clip_norm)
+        codec = round_layout.codec_of(plan, sealing.plan_digest(plan), _shapes(change))
         seed = rounding_seed(plan, identity.name)
         payload = codec.encode(change, seed) if codec else delta.encode(change, seed)
     except DeltaError as error:
@@ -53,12 +70,10 @@ def build(before: Weights, after: Weights, plan: RoundPlan, identity: pki.Identi
     return Update(sealing.seal_update(payload, identity=identity, plan=plan, examples=examples), norm)
 
 
-def to_words(before: Weights, after: Weights, plan: RoundPlan, examples: int) -> Addable:
-    """The delta as words that add up. Rounded anew each time, so no two are alike. Raises CannotTrainError as `build`."""
+def to_words(change: Arrays, plan: RoundPlan, examples: int) -> Addable:
+    """The change as words that add up. Rounded anew each time, so no two are alike. Raises CannotTrainError as `build`."""
     try:
-        names = delta.trainable_names(before, plan.trainable)
-        change = delta.subtract(after, before, names)
-        layout = round_layout.layout_of(plan, sealing.plan_digest(plan), {name: before[name].shape for name in names})
+        layout = round_layout.layout_of(plan, sealing.plan_digest(plan), _shapes(change))
         layout.drawn.check_alone(change)
         weight_share = round_layout.weight_share(examples, plan)
         words, _ = addable.encode(change, layout, weight_share, np.random.default_rng())  # the system's randomness
@@ -80,3 +95,7 @@ def build_masked(made: Addable, plan: RoundPlan, identity: pki.Identity, example
 def rounding_seed(plan: RoundPlan, device: str) -> int:
     """Its own for each device: with one for all, the rounding errors of a cohort would add up instead of averaging out."""
     return int.from_bytes(hashlib.sha256(f"{plan.seed}|{device}".encode()).digest()[:8], "little")
+
+
+def _shapes(change: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in change.items()}

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from benchmarks.link import dummy
-from benchmarks.link.dummy import Arrays
 from cloud_hub import ca
 from edge_agent import update
 from fleet_link import masking, messages, sealing
@@ -108,9 +107,8 @@ def _plan(kind: Kind, sealing_key: bytes, now: float) -> RoundPlan:
 
 def _sealed(plan: RoundPlan, identity: Identity, parameters: int) -> bytes:
     change = dummy.change(identity.name, plan.seed, dummy.shapes(parameters), plan.clip_norm)
-    before: Arrays = {name: value * 0 for name, value in change.items()}
     if plan.kind == "unsafe_open":
-        return update.build(before, change, plan, identity, EXAMPLES).sealed
-    words = masking.as_words(update.to_words(before, change, plan, EXAMPLES).words, plan.word_bits)
+        return update.build(change, plan, identity, EXAMPLES).sealed
+    words = masking.as_words(update.to_words(change, plan, EXAMPLES).words, plan.word_bits)
     masking.apply(words, [mask_key(identity.name)], [])
     return sealing.seal_update(masking.pack(words), identity=identity, plan=plan, examples=EXAMPLES)

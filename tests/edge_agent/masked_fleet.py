@@ -313,9 +313,9 @@ class Fleet:
             }
             return learn.Trained(weights, learn.Report(3, 0, 0, 0, 0.1, 1))
 
-        def recorded(before: update.Weights, after: update.Weights, plan: RoundPlan, examples: int) -> update.Addable:
-            made = to_words(before, after, plan, examples)
-            self.newest = made.words.copy(), delta.subtract(after, before, after)
+        def recorded(change: delta.Arrays, plan: RoundPlan, examples: int) -> update.Addable:
+            made = to_words(change, plan, examples)
+            self.newest = made.words.copy(), change
             return made
 
         self.monkeypatch.setattr(learn, "train", train)

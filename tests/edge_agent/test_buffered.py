@@ -13,9 +13,11 @@ from edge_agent.rounds import Event, State
 from fleet_link.messages import RoundAnswer, RoundClosed, RoundKeys
 from models import addable, delta
 from tests.edge_agent.buffered_fleet import (
+    SHAPES,
     WIDE,
     close,
     files,
+    last_no,
     late,
     next_plan,
     raw,
@@ -132,6 +134,19 @@ def test_what_no_round_took_for_a_month_is_thrown_away(make_buffered: Make) -> N
     box.db.execute("UPDATE spool SET made_at = made_at - ?", (24 * 86400.0,))
     work(fleet)
     assert (box.rows("spool"), files(box)) == ([], [])
+
+
+def test_a_training_that_diverged_leaves_nothing_in_the_spool(
+    make_buffered: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later round could send it either."""
+    fleet = make_buffered()
+    broken = {name: np.full(shape, np.nan, np.float32) for name, shape in SHAPES.items()}
+    monkeypatch.setattr(learn, "train", lambda *_: learn.Trained(broken, learn.Report(3, 0, 0, 0, 0.1, 1)))
+    fleet.tell("box-1", fleet.plan)
+    box = work(fleet)
+    assert (fleet.state(), box.rows("spool"), files(box)) == (State.DECLINED, [], [])
+    assert "not finite" in last_no(fleet)
 
 
 def test_a_site_that_learns_no_more_keeps_nothing_it_has_learned(make_buffered: Make) -> None:

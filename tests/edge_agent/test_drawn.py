@@ -51,7 +51,7 @@ def test_what_the_plan_draws_is_trained_and_arrives_in_a_fiftieth_of_the_bytes(b
     plan = plan_for(base, share=0.033)
     layout = hubs_layout(base, plan)
     weights = [trained(base, plan, tmp_path / name, 1000 * i).weights for i, name in enumerate(BOXES)]
-    words = [update.to_words(base.weights, after, plan, 9).words for after in weights]
+    words = [update.to_words(update.change_of(base.weights, after, plan), plan, 9).words for after in weights]
     mean = addable.decode_sum(words[0] + words[1], layout)
     for name, mask in layout.drawn.masks().items():
         changes = [after[name] - base.weights[name] for after in weights]
@@ -68,8 +68,10 @@ def test_a_plan_of_all_weights_trains_them_all(base: Bundle, tmp_path: Path) -> 
     weights = trained(base, plan_for(base), tmp_path, 0).weights
     masks = hubs_layout(base, plan_for(base, share=0.033)).drawn.masks()
     assert any((weights[name] != base.weights[name])[~mask].any() for name, mask in masks.items())
+    plan = plan_for(base, share=0.033)
+    change = update.change_of(base.weights, weights, plan)
     with pytest.raises(learn.CannotTrainError, match="moved where the round does not move it"):
-        update.to_words(base.weights, weights, plan_for(base, share=0.033), 9)
+        update.to_words(change, plan, 9)
 
 
 def test_the_child_that_is_given_a_share_of_adapters_says_why_not(base: Bundle, tmp_path: Path) -> None:

@@ -112,9 +112,8 @@ def seal(house: House, round_id: str = "round-1", size: int = 2) -> bytes:
     box = house.box
     found = ledger.find(box.db, round_id)
     assert found is not None
-    before = {"head.weight": np.zeros(size, np.float32)}
-    after = {"head.weight": np.random.default_rng(1).normal(size=size).astype(np.float32)}
-    sealed = update.build(before, after, found.plan, box.enrolled.identity, 6).sealed
+    change = {"head.weight": np.random.default_rng(1).normal(size=size).astype(np.float32)}
+    sealed = update.build(change, found.plan, box.enrolled.identity, 6).sealed
     path = f"updates/{round_id}.sealed"
     write_durably(box.data_dir / path, sealed)
     offer = ledger.offer_of(box.data_dir / path, round_id, DEVICE)

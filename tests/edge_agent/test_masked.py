@@ -89,7 +89,7 @@ def test_a_share_of_adapters_is_declined(make: Make) -> None:
 def test_more_examples_weigh_more_up_to_the_cap(make: Make) -> None:
     for cap, level in ((2, 255), (3, 255), (10, 76)):
         plan = make_plan("a" * 64, b"k" * 32, kind="masked", examples_cap=cap)
-        made = update.to_words({"head": np.zeros(4, np.float32)}, {"head": np.ones(4, np.float32)}, plan, 3)
+        made = update.to_words({"head": np.ones(4, np.float32)}, plan, 3)
         assert made.words[0] == level
 
 

@@ -99,7 +99,7 @@ def test_the_mean_of_the_sum_is_the_mean_and_noise(make_noisy: Make) -> None:
 def test_two_boxes_of_one_delta_send_different_noise_and_one_weight() -> None:
     plan = make_plan("a" * 64, b"k" * 32, kind="masked", min_cohort=3, boxes_max=5, examples_cap=1000, **NOISE)
     before, after = {"head": np.zeros(400, np.float32)}, {"head": np.ones(400, np.float32)}
-    one, two = (update.to_words(before, after, plan, examples).words for examples in (3, 700))
+    one, two = (update.to_words(update.change_of(before, after, plan), plan, examples).words for examples in (3, 700))
     assert one[0] == two[0] == 255
     layout = round_layout.layout_of(plan, plan_digest(plan), {"head": (400,)})
     apart = (one[1:].astype(np.int64) - two[1:]).std()

@@ -11,6 +11,7 @@ from edge_agent import update
 from edge_agent.learn import CannotTrainError
 from fleet_link import sealing
 from fleet_link.errors import LinkError, SiteError, TrustError
+from fleet_link.messages import RoundPlan
 from models import addable, delta, round_layout
 from models.bundle import SHIPPED, read_bundle
 from models.delta import Trainable
@@ -31,10 +32,18 @@ AUTHORITY = TestAuthority()
 BOX = AUTHORITY.issue("box-1")
 
 
+def build(before: update.Weights, after: update.Weights, plan: RoundPlan) -> update.Update:
+    return update.build(update.change_of(before, after, plan), plan, BOX, 5)
+
+
+def to_words(before: update.Weights, after: update.Weights, plan: RoundPlan, examples: int) -> update.Addable:
+    return update.to_words(update.change_of(before, after, plan), plan, examples)
+
+
 def opened(tmp_path: Path, **changes: object) -> tuple[update.Update, sealing.OpenedUpdate]:
     key = sealing.new_sealing_key(tmp_path / "key")
     plan = make_plan("a" * 64, sealing.public_bytes(key), **changes)
-    made = update.build(BEFORE, AFTER, plan, BOX, 5)
+    made = build(BEFORE, AFTER, plan)
     return made, sealing.open_update(
         made.sealed, private_key=key, trust=AUTHORITY.trust, sender="box-1", plan=plan, now=time.time()
     )
@@ -69,14 +78,14 @@ def test_a_sealed_update_holds_the_plans_subset_and_no_other_weight(tmp_path: Pa
     shapes = {name: before[name].shape for name in delta.trainable_names(before, trainable)}
     key = sealing.new_sealing_key(tmp_path / "key")
     plan = make_plan("a" * 64, sealing.public_bytes(key), trainable=trainable)
-    sealed = update.build(before, after, plan, BOX, 5).sealed
+    sealed = build(before, after, plan).sealed
     opened_ = sealing.open_update(
         sealed, private_key=key, trust=AUTHORITY.trust, sender="box-1", plan=plan, now=time.time()
     )
     assert set(delta.decode(opened_.payload, shapes)) == set(shapes)
     masked = make_plan("a" * 64, sealing.public_bytes(key), trainable=trainable, kind="masked")
     layout = round_layout.layout_of(masked, sealing.plan_digest(masked), shapes)
-    assert update.to_words(before, after, masked, 5).words.size == layout.word_count
+    assert to_words(before, after, masked, 5).words.size == layout.word_count
 
 
 def test_each_device_rounds_with_its_own_noise() -> None:
@@ -96,7 +105,7 @@ def test_each_device_rounds_with_its_own_noise() -> None:
 def test_words_round_the_delta_and_begin_with_its_weight() -> None:
     """Off by less than a level of one box at its weight; rounded anew each time."""
     plan = make_plan("a" * 64, b"k", kind="masked", clip_norm=8.0, examples_cap=10, boxes_max=4)
-    made = [update.to_words(BEFORE, AFTER, plan, 5) for _ in range(2)]
+    made = [to_words(BEFORE, AFTER, plan, 5) for _ in range(2)]
     layout = round_layout.layout_of(plan, sealing.plan_digest(plan), {"head.weight": (4,), "body.weight": (2,)})
     assert made[0].norm_before_clip == pytest.approx(np.sqrt(4 * 4 + 2))
     assert made[0].words[0] == 128
@@ -110,9 +119,9 @@ def test_words_of_nonsense_are_not_made() -> None:
     plan = make_plan("a" * 64, b"k", kind="masked")
     broken = AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}
     with pytest.raises(CannotTrainError, match="not finite"):
-        update.to_words(BEFORE, broken, plan, 5)
+        to_words(BEFORE, broken, plan, 5)
     with pytest.raises(CannotTrainError, match="0 examples"):
-        update.to_words(BEFORE, AFTER, plan, 0)
+        to_words(BEFORE, AFTER, plan, 0)
 
 
 def test_few_bits_of_drawn_weights_are_what_the_hub_reads(tmp_path: Path) -> None:
@@ -123,7 +132,7 @@ def test_few_bits_of_drawn_weights_are_what_the_hub_reads(tmp_path: Path) -> Non
     assert codec is not None
     mask = codec.drawn.masks()["body.weight"]
     after = AFTER | {"body.weight": np.where(mask, np.float32(1.0), np.float32(0.0))}
-    made = update.build(BEFORE, after, plan, BOX, 5)
+    made = build(BEFORE, after, plan)
     opened_ = sealing.open_update(
         made.sealed, private_key=key, trust=AUTHORITY.trust, sender="box-1", plan=plan, now=time.time()
     )
@@ -131,21 +140,19 @@ def test_few_bits_of_drawn_weights_are_what_the_hub_reads(tmp_path: Path) -> Non
     assert decoded["head.weight"] == pytest.approx([2.0] * 4)
     assert decoded["body.weight"] == pytest.approx(mask.astype(np.float32))
     with pytest.raises(CannotTrainError, match="moved where the round does not move it"):
-        update.build(BEFORE, AFTER, plan, BOX, 5)
+        build(BEFORE, AFTER, plan)
 
 
 def test_nan_is_not_sealed() -> None:
     with pytest.raises(SiteError, match="not finite"):
-        update.build(
-            BEFORE, AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}, make_plan("a" * 64, b"k"), BOX, 5
-        )
+        build(BEFORE, AFTER | {"head.weight": np.array([1, np.nan, 0, 0], np.float32)}, make_plan("a" * 64, b"k"))
 
 
 def test_a_missing_tensor_is_not_sealed() -> None:
     with pytest.raises(SiteError, match=r"head\.weight"):
-        update.build(BEFORE, {"body.weight": AFTER["body.weight"]}, make_plan("a" * 64, b"k"), BOX, 5)
+        build(BEFORE, {"body.weight": AFTER["body.weight"]}, make_plan("a" * 64, b"k"))
 
 
 def test_a_plan_with_a_bad_key_is_refused() -> None:
     with pytest.raises((LinkError, TrustError)):
-        update.build(BEFORE, AFTER, make_plan("a" * 64, b"k" * 32), BOX, 5)
+        build(BEFORE, AFTER, make_plan("a" * 64, b"k" * 32))
