@@ -13,13 +13,13 @@ zstandard and lzma of gaps as bytes are 3 to 10 % longer than that (7,313 to 731
 
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models import huffman
 from models.delta import Arrays
 from models.errors import DeltaError
 
@@ -200,15 +200,15 @@ def _pack(places: Whole, levels: Whole, is_negative: NDArray[np.bool_], sparsity
         symbols = np.append(symbols, np.zeros(symbols.size % 2, np.uint8))
         symbols = (symbols[0::2] | symbols[1::2] << _PAIRED_BITS).astype(np.uint8)
     classes, low_bits = _split(np.diff(places, prepend=-1) - 1)
-    return b"".join([_deflate(classes), _deflate(symbols), np.packbits(low_bits).tobytes()])
+    return b"".join([huffman.encode(classes), huffman.encode(symbols), np.packbits(low_bits).tobytes()])
 
 
 def _unpack(body: bytes, size: int, sparsity: Sparsity) -> tuple[Whole, Whole, NDArray[np.bool_]]:
     """Places, levels and signs, each checked against what the plan allows."""
     kept = sparsity.kept(size)
     is_paired = sparsity.value_bits <= _PAIRED_BITS
-    classes, body = _inflate(body, kept)
-    symbols, body = _inflate(body, -(-kept // 2) if is_paired else kept)
+    classes, body = huffman.decode(body, kept)
+    symbols, body = huffman.decode(body, -(-kept // 2) if is_paired else kept)
     if is_paired:
         symbols = np.stack([symbols & 15, symbols >> _PAIRED_BITS], 1).astype(np.uint8).ravel()
         if symbols[kept:].any():
@@ -260,21 +260,3 @@ def _spread(lengths: Whole) -> tuple[Whole, Whole]:
     owner = np.repeat(np.arange(lengths.size), lengths)
     height = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(owner.size)
     return owner, height
-
-
-def _deflate(symbols: NDArray[np.uint8]) -> bytes:
-    """Huffman code alone: symbols of a delta do not repeat in sequences."""
-    coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(symbols.tobytes()) + coder.flush()
-
-
-def _inflate(body: bytes, count: int) -> tuple[NDArray[np.uint8], bytes]:
-    """Exactly `count` symbols, and what follows them."""
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        symbols = decoder.decompress(body, count + 1)
-    except zlib.error as error:
-        raise DeltaError(f"the delta's code is damaged: {error}", advice=_REFUSED) from error
-    if len(symbols) != count or not decoder.eof:
-        raise DeltaError("the delta holds more or fewer values than the plan says", advice=_REFUSED)
-    return np.frombuffer(symbols, np.uint8), decoder.unused_data

@@ -15,7 +15,6 @@ later, and the next round chooses others.
 """
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from models import huffman
 from models.delta import Arrays
 from models.drawn import PLAN_ADVICE, Drawn
 from models.errors import DeltaError
@@ -85,7 +85,7 @@ class DrawnCodec:
         sent = _norm(self._spread(steps) * levels)
         if sent > self.clip_norm:
             steps = (steps * (self.clip_norm / sent)).astype(_STEP)
-        return b"".join([MAGIC, steps.tobytes(), _deflate(self._pack(levels))])
+        return b"".join([MAGIC, steps.tobytes(), huffman.encode(self._pack(levels))])
 
     def decode(self, payload: bytes) -> Arrays:
         """Exactly the round's tensors, float32, zero where the round moves nothing. Raises DeltaError on anything else.
@@ -103,7 +103,10 @@ class DrawnCodec:
             raise DeltaError(
                 "the delta's steps are not finite", advice="the sender's training diverged; its update is left out"
             )
-        levels = self._unpack(_inflate(payload[self._begin :], self._packed))
+        packed, rest = huffman.decode(payload[self._begin :], self._packed)
+        if rest:
+            raise DeltaError(f"{len(rest)} bytes follow the last value", advice=_REFUSED)
+        levels = self._unpack(packed)
         vector = np.zeros(self.drawn.size, np.float32)
         vector[self._places] = self._spread(steps) * levels
         return self.drawn.cut(vector)
@@ -191,23 +194,3 @@ def _steps(largest: Vector, levels: int) -> Vector:
 
 def _norm(vector: NDArray[np.floating]) -> float:
     return math.sqrt(float(np.sum(np.square(vector, dtype=np.float64))))
-
-
-def _deflate(packed: NDArray[np.uint8]) -> bytes:
-    """Huffman code alone: levels of a delta do not repeat in sequences."""
-    coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(packed.tobytes()) + coder.flush()
-
-
-def _inflate(body: bytes, count: int) -> NDArray[np.uint8]:
-    """Exactly `count` bytes and nothing after them."""
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        packed = decoder.decompress(body, count + 1)
-    except zlib.error as error:
-        raise DeltaError(f"the delta's code is damaged: {error}", advice=_REFUSED) from error
-    if len(packed) != count or not decoder.eof:
-        raise DeltaError("the delta holds more or fewer values than the plan says", advice=_REFUSED)
-    if decoder.unused_data:
-        raise DeltaError(f"{len(decoder.unused_data)} bytes follow the last value", advice=_REFUSED)
-    return np.frombuffer(packed, np.uint8)
