@@ -2,13 +2,14 @@
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import studies
-from benchmarks.house import Box, Hub
+from benchmarks.house import Box, House, Hub
 from benchmarks.processes import Daemon, wait_for
 from benchmarks.studies import Order, Reviewer
 
@@ -39,6 +40,43 @@ def dying_hub(hub: Hub, point: Point) -> Daemon:
 def dying(point: Point, command: list[str], log_path: Path) -> Daemon:
     crash = [sys.executable, "-m", "tests.crash", point.when, point.target, str(point.nth), point.given, "--"]
     return Daemon([*crash, *command], log_path)
+
+
+def plain_words(house: House, box: Box) -> list[str]:
+    """A box that keeps its words as they are before the masks: what follows `-m tests.plain_words`, or its name to `dying`."""
+    return [str(words_path(house)), "edge-agent", "run", "--config", str(box.config_path)]
+
+
+def words_path(house: House) -> Path:
+    return house.folder / "words.npy"
+
+
+def dying_with_words(house: House, box: Box, point: Point) -> Daemon:
+    return dying(point, ["plain-words", *plain_words(house, box)], box.daemon.log_path)
+
+
+def hurry_hub(house: House) -> None:
+    """It waits longer for a box that was killed, and says sooner again what that box has not heard."""
+    path = house.hub.data_dir / "hub.toml"
+    text = path.read_text()
+    for before, after in (("stage_s = 60 ", "stage_s = 300"), ("resend_s = 5.0", "resend_s = 1.0")):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    path.write_text(text)
+
+
+@contextmanager
+def taught_house(folder: Path, settings: Mapping[str, object]) -> Iterator[House]:
+    """A hub and one box that has eight reviewed X-rays."""
+    with House(folder) as house:
+        house.open_hub("north")
+        box = house.add_box("north-1", "north", dict(settings))
+        house.enroll(box)
+        box.add_user("reader", "phantoms-only")
+        box.start()
+        box.wait_ready()
+        teach(box, house.folder / "scanner", per_label=3)
+        yield house
 
 
 def teach(box: Box, folder: Path, per_label: int, first_seed: int = 50) -> None:

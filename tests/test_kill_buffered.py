@@ -19,7 +19,7 @@ from fleet_link.messages import ReleaseOffer, RoundPlan
 from models import addable, delta
 from models.bundle import SUFFIX, read_bundle
 from tests.cloud_hub.masked_twin import layout_of, mean_of
-from tests.crash_support import Mortal, Point, dying, teach
+from tests.crash_support import Mortal, Point, dying_with_words, hurry_hub, plain_words, teach, words_path
 from tests.twin_support import Twins, hub_row
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -27,7 +27,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROUND_TIMEOUT_S = 240.0
 BOX = "north-1"
 SETTINGS: dict[str, object] = {"pacs.enabled": False, "hub.heartbeat_s": 1.0, "policy.min_examples": 1}
-HUB_SETTINGS = {"stage_s = 60 ": "stage_s = 300", "resend_s = 5.0": "resend_s = 1.0"}
 KEPT = "edge_agent.ledger:apply"
 PLAN = ("--min-examples", "1", "--epochs", "1", "--trainable", "heads", "--clip-norm", "0.01", "--buffer", "3")
 
@@ -45,14 +44,14 @@ DIES = [
 def house(tmp_path: Path) -> Iterator[House]:
     with House(tmp_path / "house") as house:
         house.hub.init()
-        _set(house.hub.data_dir / "hub.toml")
+        hurry_hub(house)
         house.hub.start()
         house.hub.wait_ready()
         house.hub.fleet("site", "add", "north")
         box = house.add_box(BOX, "north", SETTINGS)
         house.enroll(box)
         box.add_user("reader", "phantoms-only")
-        command = [sys.executable, "-m", "tests.plain_words", *_command(house, box)]
+        command = [sys.executable, "-m", "tests.plain_words", *plain_words(house, box)]
         box.daemon = Daemon(command, box.daemon.log_path)
         box.start()
         box.wait_ready()
@@ -69,7 +68,7 @@ def twins(house: House) -> Iterator[Twins]:
 def test_a_stale_update_is_in_one_sum_scaled(house: House, twins: Twins) -> None:
     (box,) = house.boxes
     teach(box, house.folder / "scanner", per_label=2)
-    absent = Mortal("box", [MISSES], lambda point: _dying_box(house, box, point), box.daemon)
+    absent = Mortal("box", [MISSES], lambda point: dying_with_words(house, box, point), box.daemon)
     absent.start()
     wait_for("box", lambda: box.listening, timeout_s=60.0)
     first = _start(house, twins, BOX, "a-1", "b-1", "c-1")
@@ -78,7 +77,7 @@ def test_a_stale_update_is_in_one_sum_scaled(house: House, twins: Twins) -> None
     _until_released(house, twins, _start(house, twins, BOX, "a-1", "b-1", "c-1"))
     assert _member(house, first)["state"] == "left"
 
-    mortal = Mortal("box", DIES, lambda point: _dying_box(house, box, point), box.daemon)
+    mortal = Mortal("box", DIES, lambda point: dying_with_words(house, box, point), box.daemon)
     mortal.start()
     third = ""
     kept = b""
@@ -117,7 +116,7 @@ def test_a_stale_update_is_in_one_sum_scaled(house: House, twins: Twins) -> None
 
 def _check_sum(house: House, twins: Twins, round_id: str) -> None:
     row = hub_row(house, "SELECT base_digest, candidate_digest FROM rounds WHERE round_id = ?", round_id)
-    plain = [np.load(_words_path(house)), *(twin.words for twin in twins.masked[:2] if twin.words is not None)]
+    plain = [np.load(words_path(house)), *(twin.words for twin in twins.masked[:2] if twin.words is not None)]
     assert len(plain) == 3
     mean = mean_of(_plan(house, round_id), plain)
     before, after = (
@@ -131,7 +130,7 @@ def _check_sum(house: House, twins: Twins, round_id: str) -> None:
 def _check_scaled(house: House, round_id: str, kept: bytes) -> None:
     """What was sent is the spooled change, clipped, over √3: two releases lie between its base and the round's."""
     layout = layout_of(_plan(house, round_id))
-    words = np.load(_words_path(house))
+    words = np.load(words_path(house))
     sent = addable.decode_sum(words, layout, boxes=1)
     clipped, _ = delta.clip(safetensors_numpy.load(kept), layout.clip_norm)
     bound = 3.0 * addable.error_bound(layout, boxes=1, weight_share=int(words[0]) / 255)
@@ -184,24 +183,3 @@ def _plan(house: House, round_id: str) -> RoundPlan:
     plan = messages.decode(hub_row(house, "SELECT plan FROM rounds WHERE round_id = ?", round_id)["plan"])
     assert isinstance(plan, RoundPlan)
     return plan
-
-
-def _dying_box(house: House, box: Box, point: Point) -> Daemon:
-    return dying(point, ["plain-words", *_command(house, box)], box.daemon.log_path)
-
-
-def _command(house: House, box: Box) -> list[str]:
-    """Of tests/plain_words.py."""
-    return [str(_words_path(house)), "edge-agent", "run", "--config", str(box.config_path)]
-
-
-def _words_path(house: House) -> Path:
-    return house.folder / "words.npy"
-
-
-def _set(path: Path) -> None:
-    text = path.read_text()
-    for before, after in HUB_SETTINGS.items():
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    path.write_text(text)

@@ -5,7 +5,6 @@ One real box and two twins: without the shares of all three no mask comes off, s
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,16 @@ from fleet_link.messages import RoundPlan
 from models import delta
 from models.bundle import SUFFIX, read_bundle
 from tests.cloud_hub.masked_twin import mean_of
-from tests.crash_support import Mortal, Point, dying, dying_hub, teach
+from tests.crash_support import (
+    Mortal,
+    Point,
+    dying_hub,
+    dying_with_words,
+    hurry_hub,
+    plain_words,
+    teach,
+    words_path,
+)
 from tests.privacy_support import found_in
 from tests.twin_support import Twins, hub_row
 
@@ -31,7 +39,6 @@ SETTINGS: dict[str, object] = {
     "hub.heartbeat_s": 1.0,
     "policy.min_examples": 1,
 }
-HUB_SETTINGS = {"stage_s = 60 ": "stage_s = 300", "resend_s = 5.0": "resend_s = 1.0"}
 KEPT = "edge_agent.ledger:apply"  # what moves the box's row, in one transaction
 SAID = "cloud_hub.intake:Intake.took"  # what stores a box's word
 SETTLED = "cloud_hub.ledger:_advance_once"  # who goes on to the next stage, in the hub's transaction
@@ -85,14 +92,14 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A hub that waits long and repeats itself soon, and one box that has reviewed X-rays."""
     with House(tmp_path_factory.mktemp("kill-masked") / "house") as house:
         house.hub.init()
-        _set(house.hub.data_dir / "hub.toml")
+        hurry_hub(house)
         house.hub.start()
         house.hub.wait_ready()
         house.hub.fleet("site", "add", "north")
         box = house.add_box("north-1", "north", SETTINGS)
         house.enroll(box)
         box.add_user("reader", "phantoms-only")
-        box.daemon = Daemon([sys.executable, "-m", "tests.plain_words", *_command(house, box)], box.daemon.log_path)
+        box.daemon = Daemon([sys.executable, "-m", "tests.plain_words", *plain_words(house, box)], box.daemon.log_path)
         box.start()
         box.wait_ready()
         yield house
@@ -113,7 +120,7 @@ def test_masked_round_survives(house: House, twins: Twins, case: str) -> None:
     teach(box, house.folder / "scanner" / case, per_label=2, first_seed=50 + 10 * number)
     box_dies, hub_dies = CASES[case]
     mortals = [
-        Mortal("box", box_dies, lambda point: _dying_box(house, box, point), box.daemon),
+        Mortal("box", box_dies, lambda point: dying_with_words(house, box, point), box.daemon),
         Mortal("hub", hub_dies, lambda point: dying_hub(house.hub, point), house.hub.daemon),
     ]
     for mortal in mortals:
@@ -154,7 +161,7 @@ def _check_sum(house: House, twins: Twins, round_id: str) -> None:
     row = hub_row(house, "SELECT plan, base_digest, candidate_digest FROM rounds WHERE round_id = ?", round_id)
     plan = messages.decode(row["plan"])
     assert isinstance(plan, RoundPlan)
-    words = np.load(_words_path(house))
+    words = np.load(words_path(house))
     assert np.count_nonzero(words) > 1  # it has learned, and weighs something
     mean = mean_of(plan, [words, *(twin.words for twin in twins.masked if twin.words is not None)])
     before, after = (
@@ -210,24 +217,3 @@ def _of_part(part: Part) -> Iterator[bytes]:
 
 def _is_closed(box: Box, round_id: str) -> bool:
     return bool(box.query("SELECT 1 FROM rounds WHERE round_id = ? AND state = 'closed'", round_id))
-
-
-def _dying_box(house: House, box: Box, point: Point) -> Daemon:
-    return dying(point, ["plain-words", *_command(house, box)], box.daemon.log_path)
-
-
-def _command(house: House, box: Box) -> list[str]:
-    """Of tests/plain_words.py."""
-    return [str(_words_path(house)), "edge-agent", "run", "--config", str(box.config_path)]
-
-
-def _words_path(house: House) -> Path:
-    return house.folder / "words.npy"
-
-
-def _set(path: Path) -> None:
-    text = path.read_text()
-    for before, after in HUB_SETTINGS.items():
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    path.write_text(text)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.house import House
 from benchmarks.processes import HouseError, wait_for
-from tests.crash_support import Point, dying_box, dying_hub, teach
+from tests.crash_support import Point, dying_box, dying_hub, taught_house
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -68,14 +68,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A hub and one box that has eight reviewed X-rays."""
-    with House(tmp_path_factory.mktemp("kill") / "house") as house:
-        house.open_hub("north")
-        box = house.add_box("north-1", "north", SETTINGS)
-        house.enroll(box)
-        box.add_user("reader", "phantoms-only")
-        box.start()
-        box.wait_ready()
-        teach(box, house.folder / "scanner", per_label=3)
+    with taught_house(tmp_path_factory.mktemp("kill") / "house", SETTINGS) as house:
         yield house
 
 

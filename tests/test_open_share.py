@@ -13,7 +13,7 @@ from benchmarks.processes import wait_for
 from fleet_link import messages, sealing
 from models import delta, round_layout
 from models.bundle import SHIPPED, read_bundle
-from tests.crash_support import Point, dying_box, dying_hub, teach
+from tests.crash_support import Point, dying_box, dying_hub, taught_house
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,14 +30,7 @@ FOR_ONE_BOX = ("--min-devices", "1", "--min-examples", "1")
 
 @pytest.fixture
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with House(tmp_path_factory.mktemp("share") / "house") as house:
-        house.open_hub("north")
-        box = house.add_box("north-1", "north", SETTINGS)
-        house.enroll(box)
-        box.add_user("reader", "phantoms-only")
-        box.start()
-        box.wait_ready()
-        teach(box, house.folder / "scanner", per_label=3)
+    with taught_house(tmp_path_factory.mktemp("share") / "house", SETTINGS) as house:
         yield house
 
 

@@ -5,7 +5,10 @@ Never a mock: hub and boxes run the code that runs in a fleet.
 """
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from models import delta
 from models.bundle import SHIPPED, read_bundle
 from models.delta import Arrays
 from tests.cloud_hub.masked_twin import MaskedTwin, plain_mean
-from tests.cloud_hub.round_support import RoundHub
+from tests.cloud_hub.round_support import RoundHub, make_round_hub
 
 UPDATE = bytes  # how a twin's update is named among what it withholds
 
@@ -110,3 +113,11 @@ def came(house: House) -> dict[str, int]:
     with house.hub.files.database.reading() as session:
         found: dict[str, int] = views.round_(session, house.hub.round_id)["came"]
     return found
+
+
+@contextmanager
+def opened(folder: Path, *names: str) -> Iterator[House]:
+    made = House(make_round_hub(folder, *names))
+    yield made
+    made.hub.coordinator.stop()
+    made.hub.files.database.close()

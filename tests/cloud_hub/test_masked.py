@@ -29,9 +29,9 @@ from fleet_link.messages import (
 )
 from models import round_layout
 from models.bundle import SHIPPED, read_bundle
-from tests.cloud_hub.masked_house import UPDATE, House, came, refusals, rows
+from tests.cloud_hub.masked_house import UPDATE, House, came, opened, refusals, rows
 from tests.cloud_hub.masked_twin import EXAMPLES, IDS, MaskedTwin, layout_of
-from tests.cloud_hub.round_support import RoundHub, failing_export, make_round_hub, needs_bundle
+from tests.cloud_hub.round_support import RoundHub, failing_export, needs_bundle
 
 pytestmark = [needs_bundle, pytest.mark.slow]
 NAMES = ("a", "b", "c", "d", "e")
@@ -39,10 +39,8 @@ NAMES = ("a", "b", "c", "d", "e")
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    made = House(make_round_hub(tmp_path, *NAMES))
-    yield made
-    made.hub.coordinator.stop()
-    made.hub.files.database.close()
+    with opened(tmp_path, *NAMES) as made:
+        yield made
 
 
 # --- the whole way --------------------------------------------------------------------------------

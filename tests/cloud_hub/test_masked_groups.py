@@ -19,7 +19,7 @@ from fleet_link.messages import RoundAnswer, RoundKeys, RoundPlan, Shares, Survi
 from models import addable, round_layout
 from models.bundle import SHIPPED, read_bundle
 from models.delta import Arrays
-from tests.cloud_hub.masked_house import UPDATE, House
+from tests.cloud_hub.masked_house import UPDATE, House, opened
 from tests.cloud_hub.masked_twin import EXAMPLES, IDS, MaskedTwin, layout_of, plain_mean
 from tests.cloud_hub.round_support import RoundHub, change_of, failing_export, make_round_hub, needs_bundle
 
@@ -35,10 +35,8 @@ WITHOUT: dict[type[Any], tuple[float, str]] = {  # how long it is waited for, an
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    made = House(make_round_hub(tmp_path, *NAMES))
-    yield made
-    made.hub.coordinator.stop()
-    made.hub.files.database.close()
+    with opened(tmp_path, *NAMES) as made:
+        yield made
 
 
 def start(house: House, groups: int = 4, **changes: object) -> RoundPlan:

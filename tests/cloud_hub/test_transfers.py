@@ -1,6 +1,8 @@
 """Updates coming in, one message at a time: an offer that comes again."""
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
 
@@ -13,7 +15,7 @@ from cloud_hub.transfers import Transfers
 from fleet_link import chunks
 from fleet_link.errors import SiteError
 from fleet_link.messages import AnyMessage, TransferOffer, TransferProgress
-from tests.cloud_hub.hub_support import make_hub_files
+from tests.cloud_hub.hub_support import HubFiles, make_hub_files
 
 
 class WillingIntake:
@@ -26,20 +28,19 @@ class WillingIntake:
         return 1 << 20
 
 
+def taking(
+    files: HubFiles, say: Callable[[str, AnyMessage], None], seconds: Callable[[], float] = time.monotonic
+) -> Transfers:
+    return Transfers(files.config, files.database, cast(Intake, WillingIntake()), say, lambda *_: True, seconds)
+
+
 def test_an_offer_that_comes_again_is_answered_at_once(tmp_path: Path) -> None:
     """The box was restarted and waits for a "go"; by itself the hub would say nothing for up to 30 s."""
     files = make_hub_files(tmp_path)
     files.add_device("box-1", "north")
     said: list[AnyMessage] = []
     seconds = [100.0]
-    receiving = Transfers(
-        files.config,
-        files.database,
-        cast(Intake, WillingIntake()),
-        lambda device, message: said.append(message),
-        lambda device, frame: True,
-        lambda: seconds[0],
-    )
+    receiving = taking(files, lambda device, message: said.append(message), lambda: seconds[0])
     update = tmp_path / "update"
     update.write_bytes(b"sealed")
     offer = chunks.new_offer(update, kind="update", subject="r1", transfer_id="5" * 32, message_id="5" * 32)
@@ -57,13 +58,7 @@ def test_an_offer_that_comes_again_is_answered_at_once(tmp_path: Path) -> None:
 def test_one_transfer_s_trouble_holds_no_other_up(tmp_path: Path) -> None:
     files = make_hub_files(tmp_path)
     said: list[str] = []
-    receiving = Transfers(
-        files.config,
-        files.database,
-        cast(Intake, WillingIntake()),
-        lambda device, message: said.append(device),
-        lambda device, frame: True,
-    )
+    receiving = taking(files, lambda device, message: said.append(device))
     update = tmp_path / "update"
     update.write_bytes(bytes(300_000))
     for number, device in enumerate(("box-1", "box-2"), 1):
@@ -87,9 +82,7 @@ def test_one_transfer_s_trouble_holds_no_other_up(tmp_path: Path) -> None:
 def test_offers_under_ever_new_names_leave_one_row_and_nothing_in_memory(tmp_path: Path) -> None:
     files = make_hub_files(tmp_path)
     files.add_device("box-1", "north")
-    receiving = Transfers(
-        files.config, files.database, cast(Intake, WillingIntake()), lambda device, message: None, lambda *_: True
-    )
+    receiving = taking(files, lambda device, message: None)
     update = tmp_path / "update"
     update.write_bytes(b"sealed")
     for number in range(50):
@@ -107,14 +100,7 @@ def test_a_clock_that_goes_back_holds_no_progress_up(tmp_path: Path) -> None:
     files.add_device("box-1", "north")
     said: list[AnyMessage] = []
     seconds = [0.0]
-    receiving = Transfers(
-        files.config,
-        files.database,
-        cast(Intake, WillingIntake()),
-        lambda device, message: said.append(message),
-        lambda *_: True,
-        lambda: seconds[0],
-    )
+    receiving = taking(files, lambda device, message: said.append(message), lambda: seconds[0])
     update = tmp_path / "update"
     update.write_bytes(b"sealed")
     offer = chunks.new_offer(update, kind="update", subject="r1", transfer_id="5" * 32, message_id="5" * 32)
